@@ -1,0 +1,153 @@
+"""Arguments that several commands share: each is declared, explained and checked in one place."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from attn_kd.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of every command; the frame adds and applies them, commands only read them."""
+    group = parser.add_argument_group("common options")
+    group.add_argument(
+        "--seed", type=whole_number, default=0, metavar="N", help="seed of everything random"
+    )
+    group.add_argument(
+        "--threads",
+        type=positive_int,
+        metavar="N",
+        help="threads torch computes with (default: what torch chooses)",
+    )
+    group.add_argument("-q", "--quiet", action="store_true", help="no progress bars, results only")
+
+
+def apply_common_arguments(args: argparse.Namespace) -> None:
+    """Seed torch and set its threads, before the command runs."""
+    import torch
+
+    torch.manual_seed(args.seed)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+
+
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    """``--device``; turn its value into a device with :func:`resolve_device`."""
+    parser.add_argument(
+        "--device",
+        default=None,
+        metavar="NAME",
+        help="cpu, cuda or cuda:N (default: cuda where a GPU is usable, else cpu)",
+    )
+
+
+def add_data_argument(parser: argparse.ArgumentParser) -> None:
+    """``--data``: a data folder in COCO format."""
+    parser.add_argument(
+        "--data",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="data folder in COCO format: images/ and annotations/instances_{train,val,test}.json",
+    )
+
+
+def add_output_argument(parser: argparse.ArgumentParser, what: str, **options) -> None:
+    """``--out``, a folder for ``what``; prepare it with :func:`output_folder`."""
+    options.setdefault("required", "default" not in options)
+    parser.add_argument("--out", type=Path, metavar="DIR", help=f"folder for {what}", **options)
+
+
+def resolve_device(name: str | None) -> torch.device:
+    """The device called ``name``; ``None`` takes the GPU if there is one.
+
+    Raises:
+        InputError: ``name`` is no device, or one this machine does not have.
+    """
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device {name!r} is no device; expected cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {name!r} is not supported; expected cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"--device {name!r} is not usable: torch sees {torch.cuda.device_count()} GPUs"
+        )
+    return device
+
+
+def output_folder(path: Path) -> Path:
+    """Create the folder ``path`` and make sure that a file can be written there.
+
+    Called before the work starts, so that hours of training do not end in a refused write.
+
+    Raises:
+        InputError: the folder cannot be made or written to; the message gives the system's reason.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write to {path}: {error.strerror or error}") from None
+    return path
+
+
+def positive_int(text: str) -> int:
+    """argparse type: a whole number of at least 1."""
+    return _whole(text, minimum=1)
+
+
+def whole_number(text: str) -> int:
+    """argparse type: a whole number of at least 0."""
+    return _whole(text, minimum=0)
+
+
+def positive_float(text: str) -> float:
+    """argparse type: a finite number above 0."""
+    number = _real(text)
+    if number <= 0:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return number
+
+
+def fraction(text: str) -> float:
+    """argparse type: a number from 0 to 1."""
+    number = _real(text)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text!r}")
+    return number
+
+
+def _whole(text: str, *, minimum: int) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = minimum - 1
+    if number < minimum:
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number of at least {minimum}, got {text!r}"
+        )
+    return number
+
+
+def _real(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}")
+    return number
