@@ -30,7 +30,7 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 @dataclass(frozen=True)
 class Command:
-    """A command of ``attn-kd``: the module ``attn_kd.cli.<name>`` and a line that says what it does."""
+    """A command of ``attn-kd``: the module ``attn_kd.cli.<name>`` and what it does, in one line."""
 
     name: str
     summary: str
@@ -168,7 +168,8 @@ def _extra_for(error: ModuleNotFoundError) -> str | None:
 
 def _missing_package(error: ModuleNotFoundError) -> str:
     package = (error.name or "").partition(".")[0]
-    return f"needs the package {package!r}; install it with: pip install 'attn_kd[{_extra_for(error)}]'"
+    extra = _extra_for(error)
+    return f"needs the package {package!r}; install it with: pip install 'attn_kd[{extra}]'"
 
 
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
