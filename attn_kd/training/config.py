@@ -1,0 +1,231 @@
+"""The settings of a training run: checked when made, written beside the model, read to resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from attn_kd._atomic import replacing_file
+from attn_kd.errors import InputError
+
+SCHEDULES = ("constant", "linear", "cosine")
+MIXED_PRECISIONS = ("none", "bf16")
+
+#: Fields that may differ between an interrupted run and its continuation: they change what is seen
+#: of a run and how fast it goes, never the weights it arrives at.
+RESUMABLE_FIELDS = frozenset(
+    {"log_steps", "save_steps", "eval_epochs", "num_workers", "tensorboard", "cache_on_disk"}
+)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How a detector is trained; every field is checked when the configuration is made.
+
+    The defaults are those of DETR (Carion et al. 2020) where they do not depend on the size of the
+    data, and Rubin et al. 2021 for what concerns distillation.
+
+    Raises:
+        InputError: a value is out of range; the message names the field.
+    """
+
+    # The model.
+    preset: str = "detr-tiny"
+    encoder_layers: int = 6
+    decoder_layers: int = 6
+    num_queries: int | None = None  # None: the preset's
+    auxiliary_loss: bool = True  # the detection loss after every decoder layer, not only the last
+    dropout: float | None = None  # None: the preset's
+
+    # How long, and on what.
+    epochs: int = 50
+    max_steps: int | None = None  # optimiser steps; overrides epochs
+    batch_size: int = 16
+    augment: bool = True
+
+    # The optimiser: AdamW.
+    learning_rate: float = 1e-4
+    backbone_learning_rate: float | None = None  # None: learning_rate
+    weight_decay: float = 1e-4
+    warmup: float = 0.05  # share of all steps
+    schedule: str = "cosine"
+    max_grad_norm: float = 0.1
+    amp: str = "none"
+
+    # The distillation, eq. 3 of Rubin et al. 2021; without a teacher these are ignored.
+    alpha: float = 0.7
+    temperature: float = 1.0
+    class_weight: float = 0.0
+
+    # The backbone.
+    freeze_backbone: bool = False
+    pretrain_backbone_steps: int = 0  # of dense objectness, before the transformer is trained
+    pretrain_learning_rate: float = 1e-3
+    cache_features: bool = False  # needs freeze_backbone
+    cache_views: int = 1  # augmented views of each image in the feature cache
+    cache_on_disk: bool = False
+
+    # The run.
+    seed: int = 0
+    log_steps: int = 10
+    save_steps: int = 500
+    eval_epochs: int | None = None  # COCO metrics on the validation split every so many epochs
+    num_workers: int = 0
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check_type(field, getattr(self, field.name))
+        for name, (accepts, expected) in _RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not accepts(value):
+                raise InputError(f"{name} is {value!r}; expected {expected}")
+        if self.cache_features and not self.freeze_backbone:
+            raise InputError(
+                "cache_features is True but freeze_backbone is False; "
+                "features can be cached only while the backbone does not learn"
+            )
+        if self.cache_on_disk and not self.cache_features:
+            raise InputError("cache_on_disk is True but cache_features is False")
+
+    @property
+    def backbone_rate(self) -> float:
+        """Learning rate of the backbone's parameters."""
+        if self.backbone_learning_rate is None:
+            return self.learning_rate
+        return self.backbone_learning_rate
+
+    def replace(self, **changes: Any) -> TrainingConfig:
+        """A copy with some fields changed, checked anew."""
+        _refuse_unknown_fields(changes)
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainingConfig:
+        """Make a configuration of ``values``; fields left out take their defaults.
+
+        Raises:
+            InputError: a name is no field (the nearest is suggested), or a value is refused.
+        """
+        _refuse_unknown_fields(values)
+        return cls(**values)
+
+    def save(self, path: str | Path) -> None:
+        """Write the configuration as JSON."""
+        with replacing_file(path) as temporary:
+            temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> TrainingConfig:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            InputError: the file is missing, is not JSON, or does not hold a configuration.
+        """
+        return cls.from_dict(read_json_object(path))
+
+    def differences(self, other: TrainingConfig) -> dict[str, tuple[Any, Any]]:
+        """Fields that lead to other weights: name -> (value here, value there)."""
+        return {
+            field.name: (mine, theirs)
+            for field in dataclasses.fields(self)
+            if field.name not in RESUMABLE_FIELDS
+            and (mine := getattr(self, field.name)) != (theirs := getattr(other, field.name))
+        }
+
+
+def read_json_object(path: str | Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        InputError: the file cannot be read, or holds something else.
+    """
+    try:
+        values = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+    except ValueError as error:  # not UTF-8, or not JSON
+        raise InputError(f"{path} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds a {type(values).__name__}; expected a JSON object")
+    return values
+
+
+def _positive(value: float) -> bool:
+    return value > 0
+
+
+def _not_negative(value: float) -> bool:
+    return value >= 0
+
+
+def _fraction(value: float) -> bool:
+    return 0 <= value <= 1
+
+
+def _below_one(value: float) -> bool:
+    return 0 <= value < 1
+
+
+_RANGES = {
+    **dict.fromkeys(
+        ["encoder_layers", "decoder_layers", "num_queries", "epochs", "max_steps", "batch_size"],
+        (_positive, "at least 1"),
+    ),
+    **dict.fromkeys(
+        ["cache_views", "log_steps", "save_steps", "eval_epochs"], (_positive, "at least 1")
+    ),
+    **dict.fromkeys(
+        ["learning_rate", "max_grad_norm", "temperature", "pretrain_learning_rate"],
+        (_positive, "a number above 0"),
+    ),
+    **dict.fromkeys(
+        ["backbone_learning_rate", "weight_decay", "class_weight"],
+        (_not_negative, "a number of at least 0"),
+    ),
+    **dict.fromkeys(
+        ["pretrain_backbone_steps", "num_workers", "seed"], (_not_negative, "at least 0")
+    ),
+    "alpha": (_fraction, "a number from 0 to 1"),
+    "warmup": (_below_one, "a share of the steps, from 0 to below 1"),
+    "dropout": (_below_one, "a probability below 1"),
+    "schedule": (SCHEDULES.__contains__, f"one of {', '.join(SCHEDULES)}"),
+    "amp": (MIXED_PRECISIONS.__contains__, f"one of {', '.join(MIXED_PRECISIONS)}"),
+}
+
+# Annotations are strings here (postponed evaluation): the types a field of that annotation accepts.
+_TYPES: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "bool": (bool,),
+    "int": (int,),
+    "float": (float, int),
+}
+
+
+def _check_type(field: dataclasses.Field, value: Any) -> None:
+    expected, _, optional = str(field.type).partition(" | ")
+    if value is None and optional == "None":
+        return
+    is_bool = isinstance(value, bool)
+    if not isinstance(value, _TYPES[expected]) or (is_bool and expected != "bool"):
+        raise InputError(f"{field.name} is {value!r}; expected {field.type}")
+    if expected == "float" and not math.isfinite(value):
+        raise InputError(f"{field.name} is {value!r}; expected a finite number")
+
+
+def _refuse_unknown_fields(values: Mapping[str, Any]) -> None:
+    known = [field.name for field in dataclasses.fields(TrainingConfig)]
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
+            raise InputError(f"{name!r} is no setting of a training run; {hint}")

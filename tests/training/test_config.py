@@ -1,0 +1,75 @@
+import dataclasses
+import math
+
+import pytest
+
+from attn_kd.errors import InputError
+from attn_kd.training.config import TrainingConfig
+
+
+def test_round_trip_through_json(tmp_path):
+    config = TrainingConfig(preset="detr-r50", alpha=0.5, num_queries=1, amp="bf16")
+    config.save(tmp_path / "training.json")
+    assert TrainingConfig.load(tmp_path / "training.json") == config
+
+
+def test_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        TrainingConfig().alpha = 0.1
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("epochs", 0),
+        ("batch_size", -1),
+        ("batch_size", 2.5),
+        ("batch_size", True),
+        ("learning_rate", 0.0),
+        ("learning_rate", math.nan),
+        ("weight_decay", -1e-4),
+        ("alpha", 1.5),
+        ("alpha", "0.7"),
+        ("temperature", 0),
+        ("warmup", 1.0),
+        ("schedule", "step"),
+        ("amp", "fp8"),
+        ("preset", None),
+    ],
+)
+def test_bad_value_is_refused_by_name(field, value):
+    with pytest.raises(InputError, match=f"^{field} is {value!r}"):
+        TrainingConfig(**{field: value})
+
+
+def test_optional_field_accepts_none():
+    assert TrainingConfig(max_steps=None).max_steps is None
+
+
+def test_backbone_learns_at_the_common_rate_unless_told():
+    assert TrainingConfig(learning_rate=3e-4).backbone_rate == 3e-4
+    assert TrainingConfig(learning_rate=3e-4, backbone_learning_rate=0.0).backbone_rate == 0.0
+
+
+def test_feature_cache_needs_a_frozen_backbone():
+    with pytest.raises(InputError, match="freeze_backbone is False"):
+        TrainingConfig(cache_features=True)
+
+
+def test_unknown_field_suggests_the_nearest():
+    with pytest.raises(InputError, match=r"'learning_rte'.*did you mean 'learning_rate'"):
+        TrainingConfig.from_dict({"learning_rte": 1e-4})
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "\xff"], ids=["cut off", "a list", "binary"])
+def test_broken_file_is_named(tmp_path, content):
+    path = tmp_path / "training.json"
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(InputError, match=r"training\.json"):
+        TrainingConfig.load(path)
+
+
+def test_differences_ignore_what_does_not_change_the_weights():
+    config = TrainingConfig()
+    assert config.differences(config.replace(num_workers=3, log_steps=1)) == {}
+    assert config.differences(config.replace(alpha=0.1)) == {"alpha": (0.7, 0.1)}
