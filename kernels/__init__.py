@@ -1,0 +1,1 @@
+"""Device code, installed as ``attn_kd.kernels``."""

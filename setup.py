@@ -1,0 +1,209 @@
+"""Build of the optional extension ``attn_kd._C``; the declarative metadata is in pyproject.toml.
+
+The package is complete without the extension (the reference backend is plain torch), so nothing
+that goes wrong here may keep it from being installed: the reason is printed once and written to
+``attn_kd/_build.json``, where ``attn-kd info`` finds it. ``ATTN_KD_BUILD_EXTENSION`` changes that:
+``auto`` (default), ``never``, or ``require`` (a failure to build is an error; for development).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+MINIMUM_TORCH = "2.11"
+
+# No -march=native: a wheel runs on machines other than the one that built it. Contraction to FMA
+# and a branch-free exp need the last three; none of them changes the treatment of inf or nan.
+CXX_FLAGS = [
+    "-O3",
+    "-std=c++20",
+    "-fvisibility=hidden",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+]
+
+# csrc/cpu/kernels/*.cpp is compiled once per entry, with ATTN_KD_ISA naming the namespace. The
+# order is the link order: an inline function that several variants instantiate is kept from the
+# first object that defines it, which must be one that every machine can run.
+INSTRUCTION_SETS = {"baseline": []}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
+    INSTRUCTION_SETS["avx512"] = [
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
+        *INSTRUCTION_SETS["avx2"],
+        "-mprefer-vector-width=512",
+    ]
+
+
+class CannotBuild(Exception):
+    """The extension is left out; the message is the reason as the user will read it."""
+
+
+def import_torch() -> ModuleType:
+    """Return the torch to build against: the one the extension will be loaded into.
+
+    Build isolation hides it, and naming torch as a build requirement would download gigabytes to
+    compile against a torch that need not be the installed one. pip runs an isolated build with
+    the interpreter of the environment it installs into, so torch is found through sysconfig.
+    Front ends that isolate in an environment of their own need their --no-build-isolation.
+    """
+    target = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    if any(Path(path, "torch").is_dir() for path in target):
+        sys.path.extend(target - set(sys.path))
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        raise CannotBuild(
+            f"torch could not be imported during the build ({error}); with torch installed, run "
+            "pip install --no-build-isolation --no-deps --force-reinstall on attn_kd again"
+        ) from error
+    if torch.__version__ < MINIMUM_TORCH:
+        raise CannotBuild(f"torch is {torch.__version__}, at least {MINIMUM_TORCH} is needed")
+    return torch
+
+
+def sources(*patterns: str) -> list[str]:
+    """Return the files matching the patterns, relative to the root as setuptools wants them."""
+    paths = (path.relative_to(ROOT) for pattern in patterns for path in ROOT.glob(pattern))
+    return sorted(path.as_posix() for path in paths)
+
+
+def can_build_cuda(torch: ModuleType) -> bool:
+    """Whether torch is a CUDA build and a toolkit of the same major version is at hand."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if torch.version.cuda is None or CUDA_HOME is None:
+        return False
+    nvcc = Path(CUDA_HOME, "bin", "nvcc")
+    if not nvcc.exists():
+        return False
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+)\.", version)
+    return release is not None and release[1] == torch.version.cuda.split(".")[0]
+
+
+def define_extension(torch: ModuleType | None) -> Extension:
+    """Describe the extension; without torch only so that the files reach a source archive."""
+    main = sources("csrc/*.cpp", "csrc/cpu/*.cpp")
+    cuda = sources("csrc/cuda/*.cpp", "kernels/cuda/*.cu")
+    rest = sources("csrc/**/*.*", "kernels/cuda/*.*")
+    if torch is None:
+        return Extension("attn_kd._C", main, depends=rest, optional=True)
+
+    from torch.utils.cpp_extension import CppExtension, CUDAExtension
+
+    with_cuda = bool(cuda) and can_build_cuda(torch)
+    features = [f"-DATTN_KD_HAVE_{name.upper()}" for name in INSTRUCTION_SETS]
+    if with_cuda:
+        features.append("-DATTN_KD_HAVE_CUDA")
+    # at::parallel_for is serial in files compiled without OpenMP. It is not a link flag: the
+    # symbols resolve to the OpenMP runtime torch has loaded, so that there is one thread pool.
+    openmp = ["-fopenmp"] if sys.platform == "linux" else []
+    make = CUDAExtension if with_cuda else CppExtension
+    return make(
+        "attn_kd._C",
+        main + cuda if with_cuda else main,
+        include_dirs=[str(ROOT / "csrc"), str(ROOT)],
+        extra_compile_args={
+            "cxx": [*CXX_FLAGS, "-g0", *openmp, *features],
+            "nvcc": ["-O3", "-std=c++20", "--expt-relaxed-constexpr", *features],
+        },
+        depends=rest,
+        optional=True,
+    )
+
+
+def build_command(torch: ModuleType | None, obstacle: CannotBuild | None) -> type[build_ext]:
+    """Return the build_ext command: torch's where there is one, made optional and multi-variant."""
+    base: Any = build_ext
+    if torch is not None:
+        from torch.utils.cpp_extension import BuildExtension as base
+
+    class BuildOptionalExtension(base):
+        def run(self) -> None:
+            inplace = self.inplace
+            reason = None
+            try:
+                if obstacle is not None:
+                    raise obstacle
+                super().run()
+            # Whatever the toolchain raises (a missing compiler, a failed ninja, a refused ABI
+            # check each has its own type), the answer is the same: go on without the extension.
+            except Exception as error:
+                if os.environ.get("ATTN_KD_BUILD_EXTENSION") == "require":
+                    raise
+                reason = " ".join(str(error).split())
+                self.inplace = inplace
+                self.warn(f"attn_kd is installed without its compiled kernels: {reason}")
+            folder = ROOT if inplace else Path(self.build_lib)
+            record_build(folder / "attn_kd" / "_build.json", reason, torch)
+
+        def build_extensions(self) -> None:
+            compiler = os.environ.get("CXX", "c++").split()[0]
+            if self.compiler.compiler_type != "unix":
+                raise CannotBuild(f"{self.compiler.compiler_type} compilers are not supported yet")
+            if shutil.which(compiler) is None:
+                raise CannotBuild(f"no C++ compiler: {compiler} was not found (CXX names another)")
+            super().build_extensions()
+
+        def build_extension(self, ext: Extension) -> None:
+            for name, flags in INSTRUCTION_SETS.items():
+                ext.extra_objects += self.compiler.compile(
+                    sources("csrc/cpu/kernels/*.cpp"),
+                    output_dir=os.path.join(self.build_temp, name),
+                    include_dirs=[str(ROOT / "csrc")],
+                    extra_postargs=[*CXX_FLAGS, "-g0", *flags, f"-DATTN_KD_ISA={name}"],
+                )
+            super().build_extension(ext)
+
+    return BuildOptionalExtension
+
+
+def record_build(path: Path, reason: str | None, torch: ModuleType | None) -> None:
+    """Write what the build did, for attn_kd._build to read."""
+    facts = {
+        "extension": reason is None,
+        "reason": reason,
+        "torch": None if torch is None else str(torch.__version__),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def main() -> None:
+    torch, obstacle = None, None
+    try:
+        if os.environ.get("ATTN_KD_BUILD_EXTENSION") == "never":
+            raise CannotBuild("ATTN_KD_BUILD_EXTENSION=never was set for the build")
+        torch = import_torch()
+    except CannotBuild as error:
+        obstacle = error
+    setup(
+        # Device code is the top-level folder kernels/, installed as attn_kd.kernels.
+        packages=[
+            *find_packages(include=["attn_kd", "attn_kd.*"]),
+            "attn_kd.kernels",
+            *(f"attn_kd.kernels.{name}" for name in find_packages("kernels")),
+        ],
+        package_dir={"attn_kd": "attn_kd", "attn_kd.kernels": "kernels"},
+        ext_modules=[define_extension(torch)],
+        cmdclass={"build_ext": build_command(torch, obstacle)},
+    )
+
+
+main()
