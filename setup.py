@@ -50,7 +50,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     ]
 
 
-class CannotBuild(Exception):
+class BuildObstacleError(Exception):
     """The extension is left out; the message is the reason as the user will read it."""
 
 
@@ -68,12 +68,14 @@ def import_torch() -> ModuleType:
     try:
         import torch
     except (ImportError, OSError) as error:
-        raise CannotBuild(
+        raise BuildObstacleError(
             f"torch could not be imported during the build ({error}); with torch installed, run "
             "pip install --no-build-isolation --no-deps --force-reinstall on attn_kd again"
         ) from error
     if torch.__version__ < MINIMUM_TORCH:
-        raise CannotBuild(f"torch is {torch.__version__}, at least {MINIMUM_TORCH} is needed")
+        raise BuildObstacleError(
+            f"torch is {torch.__version__}, at least {MINIMUM_TORCH} is needed"
+        )
     return torch
 
 
@@ -128,11 +130,13 @@ def define_extension(torch: ModuleType | None) -> Extension:
     )
 
 
-def build_command(torch: ModuleType | None, obstacle: CannotBuild | None) -> type[build_ext]:
+def build_command(torch: ModuleType | None, obstacle: BuildObstacleError | None) -> type[build_ext]:
     """Return the build_ext command: torch's where there is one, made optional and multi-variant."""
     base: Any = build_ext
     if torch is not None:
-        from torch.utils.cpp_extension import BuildExtension as base
+        from torch.utils.cpp_extension import BuildExtension
+
+        base = BuildExtension
 
     class BuildOptionalExtension(base):
         def run(self) -> None:
@@ -156,9 +160,13 @@ def build_command(torch: ModuleType | None, obstacle: CannotBuild | None) -> typ
         def build_extensions(self) -> None:
             compiler = os.environ.get("CXX", "c++").split()[0]
             if self.compiler.compiler_type != "unix":
-                raise CannotBuild(f"{self.compiler.compiler_type} compilers are not supported yet")
+                raise BuildObstacleError(
+                    f"{self.compiler.compiler_type} compilers are not supported yet"
+                )
             if shutil.which(compiler) is None:
-                raise CannotBuild(f"no C++ compiler: {compiler} was not found (CXX names another)")
+                raise BuildObstacleError(
+                    f"no C++ compiler: {compiler} was not found (CXX names another)"
+                )
             super().build_extensions()
 
         def build_extension(self, ext: Extension) -> None:
@@ -189,9 +197,9 @@ def main() -> None:
     torch, obstacle = None, None
     try:
         if os.environ.get("ATTN_KD_BUILD_EXTENSION") == "never":
-            raise CannotBuild("ATTN_KD_BUILD_EXTENSION=never was set for the build")
+            raise BuildObstacleError("ATTN_KD_BUILD_EXTENSION=never was set for the build")
         torch = import_torch()
-    except CannotBuild as error:
+    except BuildObstacleError as error:
         obstacle = error
     setup(
         # Device code is the top-level folder kernels/, installed as attn_kd.kernels.

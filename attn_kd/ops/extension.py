@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-import torch  # noqa: F401  # libtorch must be loaded before the extension that links against it
+import torch  # libtorch must be loaded before the extension that links against it
+
+from attn_kd._build import build_record, missing_extension_reason
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
@@ -14,9 +16,15 @@ def _load() -> tuple[ModuleType | None, str | None]:
     except ModuleNotFoundError as error:
         if error.name != "attn_kd._C":
             raise
-        return None, "the compiled extension was not built when attn_kd was installed"
+        return None, f"the compiled extension is missing ({missing_extension_reason()})"
     except ImportError as error:  # built for another torch or another libc
-        return None, f"the compiled extension does not load: {error}"
+        record = build_record()
+        built_for = (
+            f"it was built for torch {record.torch}, this is {torch.__version__}; "
+            if record
+            else ""
+        )
+        return None, f"the compiled extension does not load ({built_for}{error})"
 
 
 module, missing_reason = _load()
