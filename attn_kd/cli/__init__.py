@@ -132,8 +132,9 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text = action.help
-        silent = action.default in (None, False, argparse.SUPPRESS) or action.required
-        if text is None or silent or "%(default)" in text:
+        # By identity: the default 0 says something, though it equals False.
+        silent = any(action.default is value for value in (None, False, argparse.SUPPRESS))
+        if text is None or silent or action.required or "%(default)" in text:
             return text
         return f"{text} (default: %(default)s)"
 

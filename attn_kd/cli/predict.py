@@ -24,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "inputs",
         nargs="+",
         type=Path,
-        metavar="IMAGE_OR_FOLDER_OR_VIDEO",
-        help="what to look at; a folder stands for the images and videos in it",
+        metavar="PATH",
+        help="image, video, or folder of images and videos",
     )
     parser.add_argument(
         "--model",
