@@ -1,9 +1,9 @@
-"""What is done to the backbone of a DETR: its batch norm thawed, its weights shared, all of it frozen.
+"""What is done to the backbone of a DETR: batch norm thawed, weights shared, all of it frozen.
 
 transformers replaces every ``BatchNorm2d`` of a DETR backbone by a ``DetrFrozenBatchNorm2d``, whose
-statistics and affine parameters are buffers. That suits a pretrained backbone. For one that is
-trained from scratch :func:`thaw_batch_norm` puts real batch norm back; the names of the tensors stay
-the same, so a saved model also loads, with frozen norms and the same outputs, in plain transformers.
+statistics and affine parameters are buffers. That suits a pretrained backbone. For one trained from
+scratch :func:`thaw_batch_norm` puts real batch norm back. The names of the tensors stay the same,
+so a saved model also loads in plain transformers, with frozen norms and the same outputs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class FixedStatisticsBatchNorm2d(nn.BatchNorm2d):
 
 
 def thaw_batch_norm(model: DetrForObjectDetection) -> None:
-    """Replace the backbone's frozen batch norms, in place, by ones that learn and track statistics."""
+    """Replace the backbone's frozen batch norms, in place, by ones that learn."""
     _replace_batch_norms(model.model.backbone, DetrFrozenBatchNorm2d, _trainable_batch_norm)
 
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of parameters, frozen ones included; buffers such as frozen batch norm do not count."""
+    """Number of parameters, frozen ones included but not buffers (DETR's frozen batch norm)."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -26,13 +26,14 @@ def count_macs(model: PreTrainedModel, image_size: int | tuple[int, int]) -> int
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     parameter = next(model.parameters())
     image = torch.zeros(1, 3, height, width, device=parameter.device, dtype=parameter.dtype)
+    # The empty name is the detector itself: backbones know no other attention than their own.
     training, attention = model.training, model.config._attn_implementation
     counter = FlopCounterMode(display=False)
     try:
-        model.set_attn_implementation("eager")  # fused attention is opaque to the counter
+        model.set_attn_implementation({"": "eager"})  # fused attention is opaque to the counter
         with torch.no_grad(), counter:
             model.eval()(pixel_values=image)
     finally:
-        model.set_attn_implementation(attention)
+        model.set_attn_implementation({"": attention})
         model.train(training)
     return counter.get_total_flops() // 2

@@ -117,9 +117,10 @@ def _config(
 def _initialise_transformer(model: DetrForObjectDetection) -> None:
     """Initialise all but the backbone as facebookresearch/detr does.
 
-    transformers draws every weight from N(0, 0.02), as for fine-tuning; the object queries then
-    start out alike and a narrow transformer passes on next to nothing. The original uses Xavier's
-    uniform distribution in the transformer, N(0, 1) for the queries, and torch's defaults elsewhere.
+    transformers draws every weight from N(0, 0.02 ** 2), enough where weights are loaded next; the
+    object queries then start out alike and a narrow transformer passes on next to nothing. The
+    original uses Xavier's uniform distribution in the transformer, N(0, 1) for the queries, and
+    torch's defaults elsewhere.
     """
     for part in (model.model.encoder, model.model.decoder):
         for parameter in part.parameters():
