@@ -1,0 +1,1 @@
+"""Detection data: COCO-format folders and simulated ultrasound."""
