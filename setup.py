@@ -151,8 +151,12 @@ def build_command(torch: ModuleType | None, obstacle: BuildObstacleError | None)
             except Exception as error:
                 if os.environ.get("ATTN_KD_BUILD_EXTENSION") == "require":
                     raise
-                reason = " ".join(str(error).split())
-                self.inplace = inplace
+                cause = "" if isinstance(error, BuildObstacleError) else "compilation failed: "
+                reason = cause + " ".join(str(error).split())
+                # An extension left by an earlier build would be taken for this one's.
+                for self.inplace in (False, inplace):
+                    for ext in self.extensions:
+                        Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
                 self.warn(f"attn_kd is installed without its compiled kernels: {reason}")
             folder = ROOT if inplace else Path(self.build_lib)
             record_build(folder / "attn_kd" / "_build.json", reason, torch)
