@@ -1,0 +1,1 @@
+"""What fits attn_kd into other libraries' models; each module imports its library."""

@@ -1,0 +1,248 @@
+"""Taps: how one forward pass listens to, or distils, single attention layers of a model.
+
+A tap takes the place of the attention operator in one layer. Taps reach the layers as a keyword
+argument of the forward pass, `TAPS_ARGUMENT`, and live as long as that pass: no hook, no attribute
+on a module, no global. Activation checkpointing keeps a layer's keyword arguments, so a layer that
+is recomputed during the backward pass meets the tap, and the teacher's record, of its own pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from attn_kd.errors import InputError
+from attn_kd.ops import attention, attention_kl
+
+TAPS_ARGUMENT = "attn_kd_taps"
+
+
+class AttentionRecord(NamedTuple):
+    """What distillation needs of a teacher's layer: its logits' factors, never its map."""
+
+    query: Tensor  # [B, Ht, Lq, Dt]
+    key: Tensor  # [B, Ht, Lk, Dt]
+    lse: Tensor  # [B, Ht, Lq], float32 or float64
+    scale: float | None  # None: Dt ** -0.5
+
+    def to(self, device: torch.device) -> AttentionRecord:
+        """Return the record on `device`."""
+        tensors = (tensor.to(device) for tensor in (self.query, self.key, self.lse))
+        return AttentionRecord(*tensors, self.scale)
+
+
+class Tap(Protocol):
+    """Computes a layer's attention in place of the plain operator."""
+
+    def attend(
+        self,
+        query: Tensor,  # [B, H, Lq, D]
+        key: Tensor,  # [B, H, Lk, D]
+        value: Tensor,  # [B, H, Lk, Dv]
+        *,
+        attn_mask: Tensor | None,
+        scale: float | None,
+    ) -> Tensor:
+        """Return the attention output [B, H, Lq, Dv]."""
+        ...
+
+
+class AttentionTaps:
+    """The taps of one forward pass, by the module they are for.
+
+    `untapped` names the attention implementation that every other layer keeps.
+    """
+
+    __slots__ = ("_entries", "untapped")
+
+    def __init__(self, entries: Iterable[tuple[nn.Module, Tap]], untapped: str) -> None:
+        self._entries = tuple(entries)
+        self.untapped = untapped
+
+    def find(self, module: nn.Module) -> Tap | None:
+        """Return the tap of `module`, if it has one."""
+        for tapped, tap in self._entries:
+            if tapped is module:
+                return tap
+        return None
+
+
+class RecordTap:
+    """Plain attention that keeps query, key and log-sum-exp, detached: the teacher's side.
+
+    `record` is None until the layer has run.
+    """
+
+    __slots__ = ("layer", "record")
+
+    def __init__(self, layer: str) -> None:
+        self.layer = layer
+        self.record: AttentionRecord | None = None
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        attn_mask: Tensor | None,
+        scale: float | None,
+    ) -> Tensor:
+        """Return the attention output and keep the record."""
+        if self.record is not None:
+            raise _ran_twice("teacher", self.layer)
+        output, lse = attention(query, key, value, attn_mask=attn_mask, scale=scale)
+        # Autocast may have made the operator compute in another dtype than it was handed; the
+        # LSE belongs to the rounded logits, so the rounded factors must be kept with it.
+        self.record = AttentionRecord(
+            query.detach().to(output.dtype), key.detach().to(output.dtype), lse.detach(), scale
+        )
+        return output
+
+
+class FuseTap:
+    """Attention fused with its divergence from a teacher's record: the student's side.
+
+    `kl` [B, H, Lq] and `rows` (bool, broadcastable to kl: the rows that count; None for all) are
+    None until the layer has run. Runs after `close` are recomputations by activation
+    checkpointing; they compute the same and store nothing.
+    """
+
+    __slots__ = (
+        "_closed",
+        "_divergence",
+        "_head_reduction",
+        "_record",
+        "_self_attention",
+        "grad_enabled",
+        "kl",
+        "layer",
+        "rows",
+        "teacher_layer",
+    )
+
+    def __init__(
+        self,
+        record: AttentionRecord,
+        *,
+        layer: str,
+        teacher_layer: str,
+        self_attention: bool,
+        divergence: str,
+        head_reduction: str,
+    ) -> None:
+        self.layer = layer
+        self.teacher_layer = teacher_layer
+        self.kl: Tensor | None = None
+        self.rows: Tensor | None = None
+        self.grad_enabled = False
+        self._record = record
+        self._self_attention = self_attention
+        self._divergence = divergence
+        self._head_reduction = head_reduction
+        self._closed = False
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        attn_mask: Tensor | None,
+        scale: float | None,
+    ) -> Tensor:
+        """Return the attention output and keep the divergence of every row."""
+        if self.kl is not None and not self._closed:
+            raise _ran_twice("student", self.layer)
+        self._check_record(query, key)
+        record = self._record.to(query.device)
+        output, kl, _ = attention_kl(
+            query,
+            key,
+            value,
+            record.query,
+            record.key,
+            teacher_lse=record.lse,
+            attn_mask=attn_mask,
+            scale=scale,
+            teacher_scale=record.scale,
+            divergence=self._divergence,
+            head_reduction=self._head_reduction,
+        )
+        if not self._closed:
+            self.kl = kl
+            self.rows = distilled_rows(attn_mask, self_attention=self._self_attention)
+            self.grad_enabled = torch.is_grad_enabled()
+        return output
+
+    def close(self) -> None:
+        """Take no further result: the forward pass is over."""
+        self._closed = True
+
+    def _check_record(self, query: Tensor, key: Tensor) -> None:
+        teacher, layer = self._record, self.layer
+        batch, teacher_batch = query.shape[0], teacher.query.shape[0]
+        if batch != teacher_batch:
+            raise InputError(
+                f"the teacher ran on {teacher_batch} images, the student on {batch}; "
+                "expected the same batch"
+            )
+        grid = (query.shape[2], key.shape[2])
+        teacher_grid = (teacher.query.shape[2], teacher.key.shape[2])
+        if grid != teacher_grid:
+            raise InputError(
+                f"student layer {layer!r} attends from {grid[0]} to {grid[1]} tokens, teacher "
+                f"layer {self.teacher_layer!r} from {teacher_grid[0]} to {teacher_grid[1]}; "
+                "expected maps of one size (same image size and stride)"
+            )
+        heads, teacher_heads = query.shape[1], teacher.query.shape[1]
+        if heads != teacher_heads and self._head_reduction == "none":
+            raise InputError(
+                f"student layer {layer!r} has {heads} heads, teacher layer {self.teacher_layer!r} "
+                f'has {teacher_heads}; expected as many, for head_reduction="none" pairs them one '
+                "to one"
+            )
+
+
+def distilled_rows(attn_mask: Tensor | None, *, self_attention: bool) -> Tensor | None:
+    """Return which query rows a divergence is averaged over; bool, broadcastable to [B, H, Lq].
+
+    A row counts if it may attend to some key and is not padding itself. Queries have no padding
+    mask of their own, but in self-attention they are the keys: a position that no query may attend
+    to is padding, and its row (which does see keys) is left out. None: every row counts.
+    """
+    if attn_mask is None:
+        return None
+    if attn_mask.dtype == torch.bool:
+        visible = attn_mask
+    else:  # additive: a masked key has -inf or, in some libraries, the lowest finite number
+        visible = attn_mask > torch.finfo(attn_mask.dtype).min
+    visible = visible.reshape((1,) * (4 - visible.dim()) + visible.shape)
+    rows = visible.any(dim=-1)  # [B or 1, H or 1, Lq or 1]
+    if self_attention:
+        rows = rows & visible.any(dim=-2)  # [B or 1, H or 1, Lk]
+    return rows
+
+
+def mean_divergence(kl: Tensor, rows: Tensor | None) -> Tensor:
+    """Return the mean of kl [B, H, Lq] (or [B, Lq]) over rows and heads, 0 if no row counts.
+
+    `rows` is what `distilled_rows` returned. One mean over the batch, so an image counts by its
+    number of rows.
+    """
+    if rows is None:
+        return kl.mean()
+    if kl.dim() == 2:  # head-averaged maps: one row for all heads
+        rows = rows.any(dim=1)
+    rows = rows.expand(kl.shape)
+    return kl.masked_fill(~rows, 0.0).sum() / rows.sum().clamp(min=1)
+
+
+def _ran_twice(role: str, layer: str) -> InputError:
+    return InputError(
+        f"{role} layer {layer!r} ran more than once in one forward pass; expected a layer that "
+        "runs once"
+    )
