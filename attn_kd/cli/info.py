@@ -1,0 +1,83 @@
+"""Show what this installation is and what it can use.
+
+The versions of attn_kd and of the packages it builds on, the backends with the reason why each
+refused one cannot run, the instruction set of the compiled kernels, threads and GPUs. Paste its
+output into a bug report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+import attn_kd
+from attn_kd._build import build_record
+from attn_kd.ops import extension
+
+PACKAGES = ("torch", "numpy", "transformers", "triton")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """``info`` has no options of its own."""
+
+
+def run(args: argparse.Namespace) -> int:
+    for title, rows in (
+        ("versions", _versions()),
+        ("backends", _backends()),
+        ("kernels", _kernels()),
+        ("machine", _machine()),
+    ):
+        width = max(len(name) for name, _ in rows)
+        print(f"{title}:")
+        for name, value in rows:
+            print(f"  {name:<{width}}  {value}")
+    return 0
+
+
+def _versions() -> list[tuple[str, str]]:
+    rows = [("attn_kd", attn_kd.__version__), ("python", platform.python_version())]
+    return rows + [(package, _installed(package)) for package in PACKAGES]
+
+
+def _installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _backends() -> list[tuple[str, str]]:
+    statuses = attn_kd.available_backends().items()
+    return [(name, f"{'yes' if able else 'no '}  {reason}") for name, (able, reason) in statuses]
+
+
+def _kernels() -> list[tuple[str, str]]:
+    if extension.module is None:
+        return [("extension", str(extension.missing_reason))]
+    record = build_record()
+    built_for = f"built for torch {record.torch}" if record else "built outside setup.py"
+    return [
+        ("extension", built_for),
+        ("instruction set", extension.module.instruction_set()),
+        ("compiled for", ", ".join(extension.module.instruction_sets())),
+    ]
+
+
+def _machine() -> list[tuple[str, str]]:
+    rows = [
+        ("platform", platform.platform()),
+        ("threads", f"{torch.get_num_threads()} of {os.cpu_count()} logical CPUs"),
+    ]
+    if not torch.cuda.is_available():
+        why = "torch is a CPU build" if torch.version.cuda is None else "torch finds no device"
+        return [*rows, ("gpu", f"none ({why})")]
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        memory = f"{device.total_memory / 2**30:.0f} GiB"
+        rows.append((f"gpu {index}", f"{device.name}, {memory}, sm_{device.major}{device.minor}"))
+    return rows

@@ -1,0 +1,32 @@
+"""What all tests share: reproducible random numbers, hypothesis settings, the real data."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+# A failure must come back when the test is run again, and machines differ in speed.
+hypothesis.settings.register_profile("default", deadline=None, derandomize=True, max_examples=25)
+# For a search beyond what every run repeats: pytest --hypothesis-profile=explore
+hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000)
+hypothesis.settings.load_profile("default")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real data sets that ATTN_KD_DATA names, one COCO folder per data set."""
+    folder = os.environ.get("ATTN_KD_DATA")
+    if not folder:
+        pytest.skip("ATTN_KD_DATA is unset: it names the folder with the real data sets")
+    if not Path(folder).is_dir():
+        pytest.fail(f"ATTN_KD_DATA={folder} is not a folder")
+    return Path(folder)
