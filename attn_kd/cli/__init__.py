@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import NoReturn, TextIO
 
 import attn_kd
 from attn_kd.cli import _arguments
@@ -59,6 +60,7 @@ _EXTRA_OF_PACKAGE = {
     "scipy": "detr",
     "transformers": "detr",
     "matplotlib": "report",
+    "av": "video",
     "triton": "gpu",
 }
 
@@ -123,7 +125,7 @@ def build_parser(command: Command, module: ModuleType) -> argparse.ArgumentParse
 class _Parser(argparse.ArgumentParser):
     """argparse, but a wrong command line is one line on stderr instead of the whole usage."""
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         self.exit(EXIT_BAD_INPUT, f"{self.prog}: error: {_one_line(message)} (see --help)\n")
 
 
@@ -173,7 +175,14 @@ def _missing_package(error: ModuleNotFoundError) -> str:
     return f"needs the package {package!r}; install it with: pip install 'attn_kd[{extra}]'"
 
 
-def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
     print(f"attn-kd: warning: {_one_line(str(message))}", file=file or sys.stderr)
 
 

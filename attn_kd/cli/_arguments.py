@@ -59,10 +59,18 @@ def add_data_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_output_argument(parser: argparse.ArgumentParser, what: str, **options) -> None:
+def add_output_argument(
+    parser: argparse.ArgumentParser, what: str, default: Path | None = None
+) -> None:
     """``--out``, a folder for ``what``; prepare it with :func:`output_folder`."""
-    options.setdefault("required", "default" not in options)
-    parser.add_argument("--out", type=Path, metavar="DIR", help=f"folder for {what}", **options)
+    parser.add_argument(
+        "--out",
+        required=default is None,
+        default=default,
+        type=Path,
+        metavar="DIR",
+        help=f"folder for {what}",
+    )
 
 
 def resolve_device(name: str | None) -> torch.device:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from attn_kd.data import to_rgb
 from attn_kd.errors import InputError
 from attn_kd.models import load_detector
 
@@ -88,7 +89,7 @@ class Detector:
             raise InputError(f"threshold is {threshold}; expected a number from 0 to 1")
         if len(images) == 0:
             return []
-        pictures = [image.convert("RGB") for image in images]
+        pictures = [to_rgb(image) for image in images]
         batch = self.processor(images=pictures, return_tensors="pt").to(self.device)
         outputs = self.model(pixel_values=batch["pixel_values"], pixel_mask=batch["pixel_mask"])
         found = self.processor.post_process_object_detection(

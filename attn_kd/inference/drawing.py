@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
 
+from attn_kd.data import to_rgb
 from attn_kd.inference.detector import Detections
 
 # Okabe and Ito's colours, told apart by colour-blind readers and visible on grey ultrasound.
@@ -24,7 +25,7 @@ def draw_detections(
     """
     factor = max(1, _LONGEST_SIDE // max(image.size))
     size = (image.width * factor, image.height * factor)
-    picture = image.convert("RGB").resize(size, PIL.Image.Resampling.NEAREST)
+    picture = to_rgb(image).resize(size, PIL.Image.Resampling.NEAREST)
     canvas = PIL.ImageDraw.Draw(picture)
     unit = max(picture.size) / _LONGEST_SIDE
     font = PIL.ImageFont.load_default(size=15 * unit)
@@ -38,7 +39,15 @@ def draw_detections(
     return picture
 
 
-def _write_caption(canvas, caption, corners, *, font, colour, margin) -> None:
+def _write_caption(
+    canvas: PIL.ImageDraw.ImageDraw,
+    caption: str,
+    corners: Sequence[float],
+    *,
+    font: PIL.ImageFont.FreeTypeFont | PIL.ImageFont.ImageFont,
+    colour: str,
+    margin: float,
+) -> None:
     """Put ``caption`` above the box, or inside its top edge where there is no room above."""
     left, top, right, bottom = canvas.textbbox((0, 0), caption, font=font)
     width, height = right - left + 2 * margin, bottom - top + 2 * margin

@@ -9,6 +9,7 @@ from pathlib import Path
 import PIL.Image
 import PIL.ImageSequence
 
+from attn_kd.data import to_rgb
 from attn_kd.errors import InputError
 
 IMAGE_SUFFIXES = frozenset(
@@ -80,7 +81,7 @@ def _video_frames(file: Path) -> Iterator[Frame]:
         import av
     except ModuleNotFoundError:
         raise InputError(
-            f"reading {file} needs the package 'av'; install it with: pip install av"
+            f"reading {file} needs the package 'av'; install it with: pip install 'attn_kd[video]'"
         ) from None
     try:
         with av.open(str(file)) as container:
@@ -88,16 +89,6 @@ def _video_frames(file: Path) -> Iterator[Frame]:
                 yield Frame(file, index, frame.to_image())
     except (av.FFmpegError, IndexError) as error:  # IndexError: there is no video stream
         raise InputError(f"{file} cannot be read as a video: {error}") from error
-
-
-def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """``image`` in RGB; 16-bit and float grey levels are scaled by their own maximum."""
-    if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        levels = image.convert("F")
-        highest = levels.getextrema()[1]
-        image = levels.point(lambda level: level * (255 / highest if highest > 255 else 1))
-        image = image.convert("L")
-    return image.convert("RGB")
 
 
 def _is_readable(file: Path) -> bool:
