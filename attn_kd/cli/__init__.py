@@ -60,7 +60,6 @@ _EXTRA_OF_PACKAGE = {
     "scipy": "detr",
     "transformers": "detr",
     "matplotlib": "report",
-    "av": "video",
     "triton": "gpu",
 }
 
