@@ -20,7 +20,7 @@ MIXED_PRECISIONS = ("none", "bf16")
 #: Fields that may differ between an interrupted run and its continuation: they change what is seen
 #: of a run and how fast it goes, never the weights it arrives at.
 RESUMABLE_FIELDS = frozenset(
-    {"log_steps", "save_steps", "eval_epochs", "num_workers", "tensorboard", "cache_on_disk"}
+    {"log_steps", "save_steps", "eval_steps", "num_workers", "tensorboard"}
 )
 
 
@@ -40,6 +40,7 @@ class TrainingConfig:
     encoder_layers: int = 6
     decoder_layers: int = 6
     num_queries: int | None = None  # None: the preset's
+    image_size: int | None = None  # height and width in pixels; None: the preset's
     auxiliary_loss: bool = True  # the detection loss after every decoder layer, not only the last
     dropout: float | None = None  # None: the preset's
 
@@ -64,18 +65,18 @@ class TrainingConfig:
     class_weight: float = 0.0
 
     # The backbone.
+    teacher_backbone: bool = True  # a student starts from its teacher's
     freeze_backbone: bool = False
-    pretrain_backbone_steps: int = 0  # of dense objectness, before the transformer is trained
+    pretrain_backbone_steps: int = 0  # of dense objectness first, unless it is the teacher's
     pretrain_learning_rate: float = 1e-3
     cache_features: bool = False  # needs freeze_backbone
-    cache_views: int = 1  # augmented views of each image in the feature cache
-    cache_on_disk: bool = False
+    cache_views: int = 4  # views of each image in the cache: as it is, the others augmented
 
     # The run.
     seed: int = 0
     log_steps: int = 10
     save_steps: int = 500
-    eval_epochs: int | None = None  # COCO metrics on the validation split every so many epochs
+    eval_steps: int | None = None  # steps between COCO metrics on the validation split
     num_workers: int = 0
     tensorboard: bool = False
 
@@ -91,8 +92,6 @@ class TrainingConfig:
                 "cache_features is True but freeze_backbone is False; "
                 "features can be cached only while the backbone does not learn"
             )
-        if self.cache_on_disk and not self.cache_features:
-            raise InputError("cache_on_disk is True but cache_features is False")
 
     @property
     def backbone_rate(self) -> float:
@@ -131,7 +130,7 @@ class TrainingConfig:
         Raises:
             InputError: the file is missing, is not JSON, or does not hold a configuration.
         """
-        return cls.from_dict(read_json_object(path))
+        return cls.from_dict(read_json(path, dict))
 
     def differences(self, other: TrainingConfig) -> dict[str, tuple[Any, Any]]:
         """Fields that lead to other weights: name -> (value here, value there)."""
@@ -143,21 +142,21 @@ class TrainingConfig:
         }
 
 
-def read_json_object(path: str | Path) -> dict[str, Any]:
-    """The JSON object in a file.
+def read_json(path: str | Path, kind: type) -> Any:
+    """The JSON value in a file, which must be of a kind: ``dict`` or ``list``.
 
     Raises:
         InputError: the file cannot be read, or holds something else.
     """
     try:
-        values = json.loads(Path(path).read_text())
+        value = json.loads(Path(path).read_text())
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
     except ValueError as error:  # not UTF-8, or not JSON
         raise InputError(f"{path} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path} holds a {type(values).__name__}; expected a JSON object")
-    return values
+    if not isinstance(value, kind):
+        raise InputError(f"{path} holds a {type(value).__name__}; expected a {kind.__name__}")
+    return value
 
 
 def _positive(value: float) -> bool:
@@ -178,11 +177,19 @@ def _below_one(value: float) -> bool:
 
 _RANGES = {
     **dict.fromkeys(
-        ["encoder_layers", "decoder_layers", "num_queries", "epochs", "max_steps", "batch_size"],
+        [
+            "encoder_layers",
+            "decoder_layers",
+            "num_queries",
+            "image_size",
+            "epochs",
+            "max_steps",
+            "batch_size",
+        ],
         (_positive, "at least 1"),
     ),
     **dict.fromkeys(
-        ["cache_views", "log_steps", "save_steps", "eval_epochs"], (_positive, "at least 1")
+        ["cache_views", "log_steps", "save_steps", "eval_steps"], (_positive, "at least 1")
     ),
     **dict.fromkeys(
         ["learning_rate", "max_grad_norm", "temperature", "pretrain_learning_rate"],

@@ -1,0 +1,186 @@
+"""What a run keeps beside its model: its settings and teacher, its checkpoints, its history."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from attn_kd._atomic import replacing_file
+from attn_kd.errors import InputError
+from attn_kd.training.config import TrainingConfig, read_json
+
+RECORD_FILE = "training.json"
+HISTORY_FILE = "history.json"
+CHECKPOINTS = "checkpoints"
+
+# transformers' names of what is logged at each step -> those of the history.
+_HISTORY_FIELDS = {
+    "step": "step",
+    "epoch": "epoch",
+    "loss": "loss",
+    "detection_loss": "detection_loss",
+    "attention_kl": "attention_kl",
+    "class_kl": "class_kl",
+    "learning_rate": "lr",
+    "grad_norm": "grad_norm",
+}
+
+
+@dataclass(frozen=True)
+class TeacherIdentity:
+    """Which teacher a student learns from: a folder, and the SHA-256 of the weights in it."""
+
+    folder: str
+    sha256: str
+
+    @classmethod
+    def of(cls, folder: str | os.PathLike) -> TeacherIdentity:
+        """Identify the model folder of a teacher.
+
+        Raises:
+            InputError: there are no weights in it.
+        """
+        folder = Path(folder)
+        try:
+            with open(folder / "model.safetensors", "rb") as weights:
+                digest = hashlib.sha256()
+                while block := weights.read(1 << 20):
+                    digest.update(block)
+        except OSError as error:
+            raise InputError(
+                f"teacher {folder} is not a model folder: {error.filename}: {error.strerror}"
+            ) from None
+        return cls(str(folder.resolve()), digest.hexdigest())
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What makes a run the run it is; one that goes on must have the same."""
+
+    config: TrainingConfig
+    teacher: TeacherIdentity | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        teacher = None if self.teacher is None else vars(self.teacher)
+        return {"config": self.config.to_dict(), "teacher": teacher}
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> RunRecord:
+        """Read a record.
+
+        Raises:
+            InputError: the file is missing or broken.
+        """
+        values = read_json(path, dict)
+        try:
+            teacher = values["teacher"]
+            return cls(
+                TrainingConfig.from_dict(values["config"]),
+                None if teacher is None else TeacherIdentity(**teacher),
+            )
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{path} is no record of a training run: {error}") from None
+
+    def require_continues(self, earlier: RunRecord, where: str | os.PathLike) -> None:
+        """Check that this run, resumed, would go on with what ``earlier`` began.
+
+        Raises:
+            InputError: the teacher's weights or a setting differ; the first that does is named.
+        """
+        for name, (now, before) in self.config.differences(earlier.config).items():
+            raise InputError(f"cannot resume {where}: {name} is {now!r}, it was {before!r}")
+        mine = None if self.teacher is None else self.teacher.sha256
+        theirs = None if earlier.teacher is None else earlier.teacher.sha256
+        if mine != theirs:
+            raise InputError(
+                f"cannot resume {where}: the teacher is {_described(self.teacher)}, "
+                f"it was {_described(earlier.teacher)}"
+            )
+
+
+def _described(teacher: TeacherIdentity | None) -> str:
+    return "none" if teacher is None else f"{teacher.folder} (sha256 {teacher.sha256[:12]}…)"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of a run: the model when it is done, checkpoints until then."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / CHECKPOINTS
+
+    @property
+    def is_finished(self) -> bool:
+        """A model folder's configuration is written last."""
+        return (self.path / "config.json").is_file() and not self.checkpoints.exists()
+
+    def begin(self, record: RunRecord, *, overwrite: bool) -> None:
+        """Make the folder ready for a new run.
+
+        Raises:
+            InputError: it holds a run already and ``overwrite`` is not set.
+        """
+        if (self.path / "config.json").exists() or (self.path / RECORD_FILE).exists():
+            if not overwrite:
+                raise InputError(
+                    f"{self.path} already holds a training run or a model; "
+                    "resume it, overwrite it, or choose another folder"
+                )
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
+            for name in ("config.json", HISTORY_FILE):
+                (self.path / name).unlink(missing_ok=True)
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        write_json(self.path / RECORD_FILE, record.to_dict())
+
+    def resume(self, record: RunRecord) -> Path | None:
+        """The checkpoint to go on from; ``None`` where the run had not come to its first.
+
+        Raises:
+            InputError: the folder holds no run, or another one.
+        """
+        if not (self.path / RECORD_FILE).is_file():
+            raise InputError(f"cannot resume {self.path}: it has no {RECORD_FILE}")
+        record.require_continues(RunRecord.load(self.path / RECORD_FILE), self.path)
+        return latest_checkpoint(self.checkpoints)
+
+    def finish(self) -> None:
+        """Throw the checkpoints away: the model is saved."""
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint of the most steps; ``None`` where there is none."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()]
+    return max(found, key=lambda path: int(path.name[11:]), default=None)
+
+
+def history_entries(log: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The training and evaluation entries of a trainer's log, in the names of ``history.json``.
+
+    A training entry has step, epoch, loss, detection_loss, lr, grad_norm and, with a teacher,
+    attention_kl and class_kl; an evaluation entry has step, epoch and eval_* metrics.
+    """
+    entries = []
+    for logged in log:
+        metrics = {name: value for name, value in logged.items() if name.startswith("eval_")}
+        if "loss" in logged or metrics:
+            renamed = {
+                name: logged[source] for source, name in _HISTORY_FIELDS.items() if source in logged
+            }
+            entries.append(renamed | metrics)
+    return entries
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file; it appears whole or not at all."""
+    with replacing_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n")

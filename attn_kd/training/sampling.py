@@ -1,0 +1,44 @@
+"""Randomness of a sample that depends on nothing but the seed, the epoch and the sample.
+
+A running random generator would have to be saved and restored exactly, across worker processes and
+batches fetched ahead, for an interrupted run to end where an uninterrupted one does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+
+def sample_seed(seed: int, epoch: int, index: int) -> int:
+    """A seed below 2**63 for one sample of one epoch; different triples give unrelated seeds."""
+    words = np.random.SeedSequence([seed, epoch, index]).generate_state(1, np.uint64)
+    return int(words[0] >> np.uint64(1))
+
+
+class SeededItems(Dataset):
+    """The items of a data set, each with the seed of its augmentation in this epoch.
+
+    Args:
+        dataset: of items that are dictionaries.
+        seed: of the run.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int) -> None:
+        self.dataset = dataset
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {
+            **self.dataset[index],
+            "augmentation_seed": sample_seed(self.seed, self.epoch, index),
+        }

@@ -1,0 +1,132 @@
+"""What a training reads: images augmented anew in every epoch, or features cached once."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset, IterableDataset
+
+from attn_kd.data import Augmentation, CocoDetection, DetectionCollator, annotation_file
+from attn_kd.errors import InputError
+from attn_kd.training.config import TrainingConfig
+from attn_kd.training.feature_cache import (
+    Collator,
+    FeatureCollator,
+    cache_features,
+    require_shared_backbone,
+)
+from attn_kd.training.sampling import SeededItems
+
+if TYPE_CHECKING:
+    from transformers.image_processing_utils import BaseImageProcessor
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a detector is trained on and, where there is a validation split, measured on."""
+
+    train: Dataset
+    val: Dataset | None = None
+
+    @classmethod
+    def open(cls, root: str | os.PathLike) -> TrainingData:
+        """The splits ``train`` and, if it has one, ``val`` of a COCO data folder.
+
+        Raises:
+            InputError: the folder or one of its entries is broken.
+        """
+        has_val = annotation_file(root, "val").is_file()
+        return cls(CocoDetection(root, "train"), CocoDetection(root, "val") if has_val else None)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set and what makes batches of its items."""
+
+    dataset: Dataset
+    collate: Collator
+
+
+def image_source(dataset: Dataset, processor: BaseImageProcessor, config: TrainingConfig) -> Source:
+    """Images, augmented if the configuration says so.
+
+    Raises:
+        InputError: a stream of images without an end to the training.
+    """
+    collate = DetectionCollator(processor, Augmentation() if config.augment else None)
+    if not isinstance(dataset, IterableDataset):
+        return Source(SeededItems(dataset, config.seed), collate)
+    if config.max_steps is None:
+        raise InputError("max_steps is None; a stream of images has no epochs, expected a number")
+    return Source(dataset, collate)
+
+
+def feature_source(
+    model: nn.Module,
+    dataset: Dataset,
+    processor: BaseImageProcessor,
+    config: TrainingConfig,
+    *,
+    teacher: nn.Module | None = None,
+    folder: Path | None = None,
+    device: torch.device | str = "cpu",
+    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> Source:
+    """The features that the frozen backbone of ``model`` makes of the images.
+
+    View 0 is the image as it is, the others are augmented.
+
+    Args:
+        teacher: must have the same backbone.
+        folder: where features are kept for further runs; ``None`` for in memory.
+        device: where the backbone runs.
+        progress: wraps the iteration over the images.
+
+    Raises:
+        InputError: the teacher has another backbone, or the images come in a stream.
+    """
+    if isinstance(dataset, IterableDataset):
+        raise InputError("cache_features is True; expected a data folder, not a stream of images")
+    if teacher is not None:
+        require_shared_backbone(model, teacher)
+    collators = [DetectionCollator(processor)]
+    if config.augment:
+        collators += [DetectionCollator(processor, Augmentation())] * (config.cache_views - 1)
+    cached = cache_features(
+        model,
+        dataset,
+        collators,
+        seed=config.seed,
+        folder=folder,
+        key=None if folder is None else _what_features_depend_on(dataset, processor),
+        device=device,
+        progress=progress,
+    )
+    return Source(cached, FeatureCollator())
+
+
+def _what_features_depend_on(dataset: Dataset, processor: BaseImageProcessor) -> dict[str, Any]:
+    """Besides the backbone: the images by name, size and time, and all that is done to them."""
+    if not isinstance(dataset, CocoDetection):
+        raise InputError(
+            f"cannot keep features of a {type(dataset).__name__} in a folder; "
+            "expected a COCO data folder, or features in memory"
+        )
+    digest = hashlib.sha256()
+    for entry in dataset.image_entries:
+        status = entry.path.stat()
+        digest.update(f"{entry.path} {status.st_size} {status.st_mtime_ns}".encode())
+        digest.update(entry.annotations.boxes.numpy().tobytes())
+        digest.update(entry.annotations.class_labels.numpy().tobytes())
+    return {
+        "images": digest.hexdigest(),
+        "processor": processor.to_json_string(),
+        "augmentation": asdict(Augmentation()),
+    }

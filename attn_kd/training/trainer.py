@@ -1,0 +1,242 @@
+"""The training loop: transformers' Trainer with the distillation loss and COCO evaluation.
+
+From :class:`transformers.Trainer` come distributed training (accelerate, torchrun), mixed
+precision, gradient clipping, learning rate schedules, TensorBoard and resuming. Added here: the
+loss of Rubin et al. 2021 (eq. 3) with its parts logged apart, a learning rate of the backbone's
+own, and checkpoints that appear whole or not at all and record which teacher they belong to.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import rotate_checkpoints
+from transformers.utils import logging as hf_logging
+
+from attn_kd.distill import AttentionDistiller, distillation_loss
+from attn_kd.errors import InputError
+
+#: The file in every checkpoint that says which run, and which teacher, it belongs to.
+RECORD_NAME = "attn_kd.json"
+
+
+class DistillationTrainer(Trainer):
+    """Trains a detector on its detection loss and, with a teacher, on the teacher's attention.
+
+    With ``alpha=0`` the student learns from the detection loss alone, and its divergence from the
+    teacher is measured all the same: the baseline of Rubin et al. 2021, Fig. 4.
+
+    The teacher is no part of the trained model: it is neither optimised nor saved.
+
+    Args:
+        teacher: the trained detector to distil from; ``None`` trains a plain detector.
+        layers: pairs of student and teacher layers, see :class:`~attn_kd.AttentionDistiller`.
+        alpha: weight of the attention divergence; the detection loss has weight ``1 - alpha``.
+        temperature: of the optional class term.
+        class_weight: weight of the class term beside the attention divergence.
+        backbone_learning_rate: ``None`` for that of the arguments.
+        evaluate_detector: called with the model by :meth:`evaluate`; returns the metrics.
+        record: JSON values written into every checkpoint as ``attn_kd.json``.
+        **trainer_arguments: those of :class:`transformers.Trainer`.
+    """
+
+    def __init__(
+        self,
+        *,
+        teacher: nn.Module | None = None,
+        layers: Mapping[str, str] | None = None,
+        alpha: float = 0.7,
+        temperature: float = 1.0,
+        class_weight: float = 0.0,
+        backbone_learning_rate: float | None = None,
+        evaluate_detector: Callable[[nn.Module], dict[str, float]] | None = None,
+        record: Mapping[str, Any] | None = None,
+        **trainer_arguments: Any,
+    ) -> None:
+        super().__init__(**trainer_arguments)
+        # Progress is the caller's business; these two print.
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        # The loss is a mean over the batch; DETR takes no count of items to divide by instead.
+        self.model_accepts_loss_kwargs = False
+        self.teacher = None if teacher is None else teacher.to(self.args.device).eval()
+        self.layers = layers
+        self.loss_weights = {
+            "alpha": alpha,
+            "temperature": temperature,
+            "class_weight": class_weight,
+        }
+        self.backbone_learning_rate = backbone_learning_rate
+        self.evaluate_detector = evaluate_detector
+        self.record = dict(record or {})
+        self._distiller: AttentionDistiller | None = None
+        self._parts = _Means()
+        self._staging: Path | None = None
+
+    # -- the loss ---------------------------------------------------------------------------------
+
+    def train(self, *args: Any, **kwargs: Any):
+        """As :meth:`transformers.Trainer.train`; both models are left as they were, but trained."""
+        if self.teacher is None:
+            return super().train(*args, **kwargs)
+        with AttentionDistiller(self.teacher, self.model, layers=self.layers) as self._distiller:
+            return super().train(*args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ):
+        """Eq. 3 of Rubin et al. 2021; the detection loss alone where there is no teacher."""
+        if self._distiller is None:
+            outputs = model(**inputs)
+            loss = outputs.loss
+            self._parts.add(detection_loss=loss)
+        else:
+            result = self._distiller.run(inputs, student=model)
+            outputs = result.student
+            parts = distillation_loss(result, **self.loss_weights)
+            # The baseline's divergence is measured; left out of the loss, it has no backward pass.
+            loss = parts.total if self.loss_weights["alpha"] > 0 else parts.detection
+            self._parts.add(detection_loss=parts.detection, attention_kl=parts.attention_kl)
+            if self.loss_weights["class_weight"] > 0:
+                self._parts.add(class_kl=parts.class_kl)
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the parts of the loss, averaged since the last entry, to an entry about training.
+
+        Raises:
+            InputError: the loss is no longer finite.
+        """
+        if "loss" in logs:
+            logs |= self._parts.take(self.accelerator.gather)
+            if not math.isfinite(logs["loss"]):
+                raise InputError(
+                    f"the loss is {logs['loss']} at step {self.state.global_step}; "
+                    f"try a learning_rate below {self.args.learning_rate:g}"
+                )
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not counted: transformers' estimate is for models of tokens."""
+        return 0
+
+    # -- the optimiser ----------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW with the backbone's own learning rate; norms and biases are not decayed."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = optimizer_class(self._parameter_groups(model), **options)
+        return self.optimizer
+
+    def _parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        decayed = set(self.get_decay_parameter_names(model))
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                in_backbone = "backbone" in name.split(".")
+                groups.setdefault((in_backbone, name in decayed), []).append(parameter)
+        backbone_rate = self.backbone_learning_rate
+        if backbone_rate is None:
+            backbone_rate = self.args.learning_rate
+        return [
+            {
+                "params": parameters,
+                "lr": backbone_rate if in_backbone else self.args.learning_rate,
+                "weight_decay": self.args.weight_decay if is_decayed else 0.0,
+            }
+            for (in_backbone, is_decayed), parameters in groups.items()
+        ]
+
+    def _get_learning_rate(self) -> float:
+        """The highest of the groups; transformers logs the first, which is the backbone's."""
+        return max(group["lr"] for group in self.optimizer.param_groups)
+
+    # -- evaluation -------------------------------------------------------------------------------
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Log and return what ``evaluate_detector`` measures, keys prefixed."""
+        if self.evaluate_detector is None:
+            raise ValueError("evaluate() needs evaluate_detector, given when the trainer was made")
+        measured = self.evaluate_detector(self.accelerator.unwrap_model(self.model))
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    # -- checkpoints ------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save beside, then rename: a save cut short leaves the checkpoint before it as it was."""
+        run_folder = Path(self.args.output_dir)
+        final = run_folder / f"checkpoint-{self.state.global_step}"
+        self._staging = run_folder / ".saving"
+        if self.args.should_save:
+            shutil.rmtree(self._staging, ignore_errors=True)  # of a run that was killed
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # every process has added its random state
+        if self.args.should_save:
+            saved = self._staging / final.name
+            (saved / RECORD_NAME).write_text(json.dumps(self.record, indent=2) + "\n")
+            shutil.rmtree(final, ignore_errors=True)
+            saved.rename(final)
+            self._staging.rmdir()
+            rotate_checkpoints(str(run_folder), self.args.save_total_limit, use_mtime=True)
+        self._staging = None
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """As in the base class, but for its progress bar, which breaks up the training's."""
+        shown = hf_logging.is_progress_bar_enabled()
+        hf_logging.disable_progress_bar()
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            if shown:
+                hf_logging.enable_progress_bar()
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging or self.args.output_dir)
+
+
+class _Means:
+    """Means of scalars between two log entries, summed on their device without waiting for it."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, **values: torch.Tensor) -> None:
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0) + value.detach().float()
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def take(self, gather: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        """The means over all processes; starts anew."""
+        means = {
+            name: gather(total / self._counts[name]).mean().item()
+            for name, total in self._sums.items()
+        }
+        self._sums, self._counts = {}, {}
+        return means
