@@ -40,7 +40,8 @@ def tiny_detr(*, seed: int = 0, heads: int = 4, **fields: Any) -> DetrForObjectD
                 # At 0.02, transformers' own scale, every map is uniform and every divergence 0.
                 torch.nn.init.normal_(parameter, std=0.5 if "_proj" in name else 0.2)
     torch.nn.init.normal_(model.model.query_position_embeddings.weight)
-    return model.eval()
+    # transformers freezes part of the backbone.
+    return model.eval().requires_grad_(True)
 
 
 def tiny_batch(

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -17,6 +18,7 @@ from attn_kd.distill.loans import Loans
 from attn_kd.errors import InputError
 from attn_kd.integrations.attention_modules import (
     SwitchedImplementation,
+    configuration,
     untapped_implementation,
 )
 from attn_kd.nn.taps import (
@@ -116,7 +118,7 @@ class AttentionDistiller:
         with ExitStack() as changes:
             self._teacher_untapped = _switch(teacher, [p.teacher for p in self._pairs], changes)
             self._student_untapped = _switch(student, [p.student for p in self._pairs], changes)
-            _frozen_teachers.take(teacher, lambda: _EvaluationMode(teacher))
+            _frozen_teachers.take(teacher, partial(_EvaluationMode, teacher))
             changes.callback(_frozen_teachers.give_back, teacher)
             self._changes = changes.pop_all()
         self._open = True
@@ -223,10 +225,9 @@ def _switch(model: nn.Module, modules: list[nn.Module], changes: ExitStack) -> s
     """Make `modules` call attn_kd until `changes` closes; return what the others use meanwhile."""
     originals = []
     for module in modules:
-        switched = _switched_configs.take(
-            module.config, lambda module=module: SwitchedImplementation(model, module)
-        )
-        changes.callback(_switched_configs.give_back, module.config)
+        config = configuration(module)
+        switched = _switched_configs.take(config, partial(SwitchedImplementation, model, module))
+        changes.callback(_switched_configs.give_back, config)
         originals.append(switched.original)
     return untapped_implementation(originals)
 
@@ -243,8 +244,7 @@ def _collect(tap: FuseTap) -> Tensor:
     if torch.is_grad_enabled() and not tap.grad_enabled:
         raise InputError(
             f"student layer {tap.layer!r} ran without gradient, so its divergence has none; "
-            "reentrant activation checkpointing does that, use "
-            'gradient_checkpointing_kwargs={"use_reentrant": False}'
+            "reentrant activation checkpointing does that; expected use_reentrant=False"
         )
     return mean_divergence(tap.kl, tap.rows)
 

@@ -66,7 +66,8 @@ def distillation_loss(
     if class_weight > 0.0:
         class_kl = class_divergence(result.student.logits, result.teacher.logits, temperature)
         distilled = distilled + class_weight * temperature**2 * class_kl
-    total = (1.0 - alpha) * detection + alpha * distilled
+    # A plain baseline's divergence is measured, but has no part in its backward pass.
+    total = detection if alpha == 0.0 else (1.0 - alpha) * detection + alpha * distilled
     return DistillationLoss(total, detection, result.attention_kl, class_kl)
 
 

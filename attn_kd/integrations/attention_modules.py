@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
+from typing import cast
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from attn_kd.errors import InputError
 from attn_kd.integrations.transformers import IMPLEMENTATION, register
@@ -51,6 +52,11 @@ def last_encoder_self_attention(model: nn.Module) -> str:
     )
 
 
+def configuration(module: nn.Module) -> PreTrainedConfig:
+    """Return the configuration object by which `module`, an attention module, is dispatched."""
+    return cast(PreTrainedConfig, module.config)
+
+
 class SwitchedImplementation:
     """An attention module of a model made to call attn_kd, until `undo`.
 
@@ -63,11 +69,12 @@ class SwitchedImplementation:
 
     def __init__(self, model: nn.Module, module: nn.Module) -> None:
         register()
-        self._owner = _owner(model, module.config)
-        self.original: str = module.config._attn_implementation
+        config = configuration(module)
+        self._owner = _owner(model, config)
+        self.original: str = config._attn_implementation
         # The empty key is the owner's own configuration; sub-configurations keep what they have.
         self._owner.set_attn_implementation({"": IMPLEMENTATION})
-        if module.config._attn_implementation != IMPLEMENTATION:
+        if config._attn_implementation != IMPLEMENTATION:
             raise InputError(
                 f"{type(self._owner).__name__} does not let its attention implementation be set; "
                 "attn_kd cannot distil it"
@@ -87,7 +94,7 @@ def untapped_implementation(originals: Iterable[str]) -> str:
     return names.pop() if len(names) == 1 and names <= _TAKES_OUR_MASKS else "sdpa"
 
 
-def _owner(model: nn.Module, config: object) -> PreTrainedModel:
+def _owner(model: nn.Module, config: PreTrainedConfig) -> PreTrainedModel:
     for candidate in model.modules():
         if isinstance(candidate, PreTrainedModel) and candidate.config is config:
             return candidate

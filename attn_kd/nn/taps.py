@@ -30,8 +30,9 @@ class AttentionRecord(NamedTuple):
 
     def to(self, device: torch.device) -> AttentionRecord:
         """Return the record on `device`."""
-        tensors = (tensor.to(device) for tensor in (self.query, self.key, self.lse))
-        return AttentionRecord(*tensors, self.scale)
+        return AttentionRecord(
+            self.query.to(device), self.key.to(device), self.lse.to(device), self.scale
+        )
 
 
 class Tap(Protocol):

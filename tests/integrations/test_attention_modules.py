@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from tiny_detr import tiny_detr
 from transformers import ResNetConfig, ResNetModel
 
 from attn_kd.errors import InputError
@@ -14,6 +13,7 @@ from attn_kd.integrations.attention_modules import (
     last_encoder_self_attention,
     untapped_implementation,
 )
+from tests.tiny_detr import tiny_detr
 
 
 def test_attention_modules_of_detr_in_their_order():

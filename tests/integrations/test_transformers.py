@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_detr import tiny_batch, tiny_detr
 from torch import nn
 from transformers import AttentionInterface, LlamaConfig, LlamaModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_bidirectional_mask
@@ -12,6 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from attn_kd.errors import InputError
 from attn_kd.integrations.transformers import attention_forward, attention_mask, register
+from tests.tiny_detr import tiny_batch, tiny_detr
 
 
 @pytest.fixture(autouse=True)
@@ -113,9 +113,9 @@ def test_causal_model_with_grouped_keys_gives_what_sdpa_gives():
     model = LlamaModel(config).eval()
     tokens = torch.randint(11, (2, 6))
     padding = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
-    for attention_mask in (None, padding):
-        expected = use(model, "sdpa")(tokens, attention_mask=attention_mask).last_hidden_state
-        actual = use(model, "attn_kd")(tokens, attention_mask=attention_mask).last_hidden_state
+    for mask in (None, padding):
+        expected = use(model, "sdpa")(tokens, attention_mask=mask).last_hidden_state
+        actual = use(model, "attn_kd")(tokens, attention_mask=mask).last_hidden_state
         torch.testing.assert_close(actual[:, :4], expected[:, :4])
 
 
@@ -145,7 +145,7 @@ def test_attention_dropout_is_refused_in_training_only():
 
 
 def test_asking_for_maps_is_refused():
-    with pytest.raises(InputError, match="output_attentions=True.*eager"):
+    with pytest.raises(InputError, match=r"output_attentions=True.*eager"):
         use(tiny_detr(), "attn_kd")(**tiny_batch(), output_attentions=True)
 
 

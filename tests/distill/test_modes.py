@@ -1,0 +1,131 @@
+"""The distiller under autocast, activation checkpointing, torch.compile, and a wrapped student."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from attn_kd.distill import AttentionDistiller
+from attn_kd.errors import InputError
+from tests.distill.explicit import explicit_encoder_kl
+from tests.tiny_detr import tiny_batch, tiny_detr
+
+
+@pytest.fixture
+def teacher():
+    return tiny_detr(seed=1)
+
+
+@pytest.fixture
+def student():
+    return tiny_detr(seed=2)
+
+
+class Autocast(nn.Module):
+    """A model that runs under bfloat16 autocast on its own account, as accelerate makes it."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.model(**inputs)
+
+
+@pytest.mark.parametrize("roles", [{"teacher"}, {"student"}, {"teacher", "student"}], ids="+".join)
+def test_either_model_may_run_under_autocast(teacher, student, roles):
+    batch = tiny_batch()
+    expected = explicit_encoder_kl(copy.deepcopy(student), copy.deepcopy(teacher), batch)
+    models = {"teacher": teacher, "student": student}
+    models |= {role: Autocast(models[role]) for role in roles}
+    with AttentionDistiller(**models) as distiller:
+        result = distiller(**batch)
+        result.attention_kl.backward()
+    assert result.attention_kl.dtype == torch.float32
+    # bfloat16 has 8 bits: weights, activations and logits of the layers before are off by 2 ** -8.
+    torch.testing.assert_close(result.attention_kl, expected, rtol=0.05, atol=0)
+    assert all(p.grad.isfinite().all() for p in student.model.encoder.layers[0].parameters())
+
+
+def test_distiller_called_under_autocast(teacher, student):
+    batch = tiny_batch()
+    expected = explicit_encoder_kl(copy.deepcopy(student), copy.deepcopy(teacher), batch)
+    with AttentionDistiller(teacher, student) as distiller, torch.autocast("cpu", torch.bfloat16):
+        actual = distiller(**batch).attention_kl
+    torch.testing.assert_close(actual, expected, rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no-grad"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_student_mode_and_gradient_mode(teacher, student, training, grad):
+    expected = explicit_encoder_kl(copy.deepcopy(student), copy.deepcopy(teacher), tiny_batch())
+    student.train(training)
+    with AttentionDistiller(teacher, student) as distiller, torch.set_grad_enabled(grad):
+        actual = distiller(**tiny_batch()).attention_kl
+    assert actual.requires_grad is grad
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=0)
+
+
+def encoder_gradients(model, loss):
+    return torch.autograd.grad(loss, [*model.model.encoder.layers[0].parameters()])
+
+
+def test_checkpointed_layers_recompute_with_the_record_of_their_own_pass(teacher, student):
+    student.train()
+    batches = [tiny_batch(seed=seed) for seed in (0, 1)]
+    with AttentionDistiller(teacher, student) as distiller:
+        expected = encoder_gradients(
+            student, sum(distiller(**batch).attention_kl for batch in batches)
+        )
+        student.activation_checkpointing_enable()
+        results = [distiller(**batch).attention_kl for batch in batches]
+        actual = encoder_gradients(student, sum(results))
+    torch.testing.assert_close(actual, expected)
+
+
+def test_reentrant_checkpointing_is_refused(teacher, student):
+    student.train()
+    student.activation_checkpointing_enable({"use_reentrant": True})
+    with (
+        AttentionDistiller(teacher, student) as distiller,
+        pytest.raises(InputError, match="use_reentrant=False"),
+    ):
+        distiller(**tiny_batch())
+
+
+def test_compiled_student_is_one_graph_and_is_compiled_once(teacher, student):
+    torch._dynamo.reset()
+    batches = [tiny_batch(seed=seed) for seed in (0, 1)]
+    with AttentionDistiller(teacher, student) as distiller:
+        compiled = torch.compile(student, backend="eager", fullgraph=True)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            actual = [distiller.run(batch, student=compiled) for batch in batches]
+        expected = [distiller(**batch) for batch in batches]
+        for one, other in zip(actual, expected, strict=True):
+            torch.testing.assert_close(one.attention_kl, other.attention_kl)
+            torch.testing.assert_close(
+                encoder_gradients(student, one.attention_kl),
+                encoder_gradients(student, other.attention_kl),
+            )
+
+
+def test_student_run_through_a_wrapper(teacher, student):
+    class Wrapper(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module, self.calls = module, 0
+
+        def forward(self, **inputs):
+            self.calls += 1
+            return self.module(**inputs)
+
+    wrapper = Wrapper(student)
+    with AttentionDistiller(teacher, student) as distiller:
+        result = distiller.run(tiny_batch(), student=wrapper)
+        expected = distiller(**tiny_batch())
+    assert wrapper.calls == 1
+    assert result.attention_kl == expected.attention_kl
