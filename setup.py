@@ -54,6 +54,14 @@ class BuildObstacleError(Exception):
     """The extension is left out; the message is the reason as the user will read it."""
 
 
+def build_mode() -> str:
+    """Return auto, never or require."""
+    mode = os.environ.get("ATTN_KD_BUILD_EXTENSION", "auto")
+    if mode not in ("auto", "never", "require"):
+        sys.exit(f"ATTN_KD_BUILD_EXTENSION={mode!r}: expected auto, never or require")
+    return mode
+
+
 def import_torch() -> ModuleType:
     """Return the torch to build against: the one the extension will be loaded into.
 
@@ -140,6 +148,8 @@ def build_command(torch: ModuleType | None, obstacle: BuildObstacleError | None)
 
     class BuildOptionalExtension(base):
         def run(self) -> None:
+            if self.inplace and build_mode() == "never":
+                return  # what an earlier build left in the source tree stays
             inplace = self.inplace
             reason = None
             try:
@@ -149,7 +159,7 @@ def build_command(torch: ModuleType | None, obstacle: BuildObstacleError | None)
             # Whatever the toolchain raises (a missing compiler, a failed ninja, a refused ABI
             # check each has its own type), the answer is the same: go on without the extension.
             except Exception as error:
-                if os.environ.get("ATTN_KD_BUILD_EXTENSION") == "require":
+                if build_mode() == "require":
                     raise
                 cause = "" if isinstance(error, BuildObstacleError) else "compilation failed: "
                 reason = cause + " ".join(str(error).split())
@@ -200,7 +210,7 @@ def record_build(path: Path, reason: str | None, torch: ModuleType | None) -> No
 def main() -> None:
     torch, obstacle = None, None
     try:
-        if os.environ.get("ATTN_KD_BUILD_EXTENSION") == "never":
+        if build_mode() == "never":
             raise BuildObstacleError("ATTN_KD_BUILD_EXTENSION=never was set for the build")
         torch = import_torch()
     except BuildObstacleError as error:

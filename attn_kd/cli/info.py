@@ -61,10 +61,12 @@ def _kernels() -> list[tuple[str, str]]:
         return [("extension", str(extension.missing_reason))]
     record = build_record()
     built_for = f"built for torch {record.torch}" if record else "built outside setup.py"
+    module = extension.module
     return [
-        ("extension", built_for),
-        ("instruction set", extension.module.instruction_set()),
-        ("compiled for", ", ".join(extension.module.instruction_sets())),
+        ("extension", f"{built_for}, with compiler {module.features()['compiler']}"),
+        ("instruction set", f"{module.instruction_set()}, in use"),
+        ("compiled", ", ".join(module.compiled_instruction_sets())),
+        ("runs here", ", ".join(module.supported_instruction_sets())),
     ]
 
 
