@@ -36,7 +36,7 @@ test: $(EXTENSION)
 	$(BIN)/python -m pytest
 
 bench: $(EXTENSION)
-	$(BIN)/python -m pytest bench --benchmark-json bench/results.json
+	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json bench/results.json
 	$(BIN)/python -m bench.summary bench/results.json
 
 lint: $(PACKAGES)
