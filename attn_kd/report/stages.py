@@ -1,0 +1,91 @@
+"""Work in stages whose results stay on disk, so that an interrupted run can go on."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from attn_kd._atomic import replacing_file
+from attn_kd.errors import InputError
+
+
+class Stages:
+    """Stages in a fixed order, each with a record ``stages/NAME.json`` when it is done.
+
+    Args:
+        folder: where the records are kept, in ``stages/`` and ``settings.json``.
+        settings: what the results depend on; must be the same when a run goes on.
+        resume: skip the stages that are done. Without it all begin anew.
+        announce: called with the name of each stage and whether it is skipped.
+
+    Raises:
+        InputError: ``resume``, but nothing was begun here, or with other settings; or not
+            ``resume``, and the folder holds files of somebody else.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: dict[str, Any],
+        *,
+        resume: bool,
+        announce: Callable[[str, bool], None],
+    ) -> None:
+        self._records = folder / "stages"
+        self._resume = resume
+        self._announce = announce
+        settings_file = folder / "settings.json"
+        settings = json.loads(json.dumps(settings))  # as they will be read back
+        if resume:
+            _require_same(settings, settings_file)
+        elif not settings_file.exists() and any(folder.iterdir()):
+            raise InputError(f"{folder} holds other files; expected an empty or a new folder")
+        self._records.mkdir(exist_ok=True)
+        self._kept: set[Path] = set()
+        if not resume:
+            self._forget_later_stages()
+        _write_json(settings_file, settings)
+
+    def run(self, name: str, work: Callable[[bool], dict[str, Any]]) -> dict[str, Any]:
+        """The result of stage ``name``: ``work(resume)``, or what it gave when it was last run.
+
+        When a stage is run, so are all later ones. ``work`` is told whether it may go on with what
+        an interrupted run of itself has left. ``seconds`` is added to its result.
+        """
+        record = self._records / f"{name}.json"
+        done = record.exists()
+        self._announce(name, done)
+        self._kept.add(record)
+        if done:
+            return json.loads(record.read_text())
+        may_go_on, self._resume = self._resume, False
+        self._forget_later_stages()
+        started = time.perf_counter()
+        result = {**work(may_go_on), "seconds": round(time.perf_counter() - started, 1)}
+        _write_json(record, result)
+        return result
+
+    def _forget_later_stages(self) -> None:
+        for record in self._records.glob("*.json"):
+            if record not in self._kept:
+                record.unlink()
+
+
+def _require_same(settings: dict[str, Any], file: Path) -> None:
+    if not file.exists():
+        raise InputError(f"cannot resume in {file.parent}: nothing was begun there")
+    before = json.loads(file.read_text())
+    for name in sorted(settings.keys() | before.keys()):
+        if settings.get(name) != before.get(name):
+            raise InputError(
+                f"cannot resume in {file.parent}: {name} is {settings.get(name)!r}, "
+                f"it was {before.get(name)!r}"
+            )
+
+
+def _write_json(path: Path, value: Any) -> None:
+    with replacing_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n")
