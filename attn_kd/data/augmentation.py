@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -100,10 +101,10 @@ def _adjust_levels(image: Tensor, gamma: float, gain: float) -> Tensor:
     if gamma == 1.0 and gain == 1.0:
         return image
     levels = torch.linspace(0.0, 1.0, 256).pow(gamma).mul(255.0 * gain)
-    table = levels.round().clamp(0.0, 255.0).to(torch.uint8)
+    table = levels.round().clamp(0.0, 255.0).to(torch.uint8).numpy()
     if image.stride(0) == 0:  # grey image whose channels share their memory
-        return table[image[0].long()].expand_as(image)
-    return table[image.long()]
+        return torch.from_numpy(np.take(table, image[0].numpy())).expand_as(image)
+    return torch.from_numpy(np.take(table, image.numpy()))
 
 
 def _flip(boxes: Tensor, width: int) -> Tensor:

@@ -105,10 +105,9 @@ def _relative_centres(boxes: Tensor, height: int, width: int) -> Tensor:
 
 
 def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear with antialiasing, as Pillow does it; float32 [1 or 3, h, w] in grey levels."""
+    """Bilinear with antialiasing, the same as Pillow's; uint8 [1 or 3, h, w]."""
     if image.stride(0) == 0:
         image = image[:1]  # grey: the normalisation broadcasts over the channels
-    image = image.float()
     if image.shape[1:] == size:
         return image
     resized = F.interpolate(image[None], size, mode="bilinear", antialias=True)

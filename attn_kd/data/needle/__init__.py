@@ -4,7 +4,21 @@ clips = simulate_clips(8, seed=1)          # 30 frames each, with the needle's b
 frames = simulate_frames(64, seed=1)       # the last frame of each clip alone, 30 times cheaper
 """
 
-from .settings import NeedleSettings
-from .simulation import NeedleClips, NeedleFrames, simulate_clips, simulate_frames
+from attn_kd.data.needle.settings import NeedleSettings
+from attn_kd.data.needle.simulation import (
+    NeedleClips,
+    NeedleFrames,
+    simulate_clips,
+    simulate_frames,
+)
+from attn_kd.data.needle.stream import NeedleStream, SimulatedFrames
 
-__all__ = ["NeedleClips", "NeedleFrames", "NeedleSettings", "simulate_clips", "simulate_frames"]
+__all__ = [
+    "NeedleClips",
+    "NeedleFrames",
+    "NeedleSettings",
+    "NeedleStream",
+    "SimulatedFrames",
+    "simulate_clips",
+    "simulate_frames",
+]

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .anatomy import Canvas, Tissue
-from .profiles import decibels, ridge
-from .randomness import ClipRandom
+from attn_kd.data.needle.anatomy import Canvas, Tissue
+from attn_kd.data.needle.profiles import decibels, ridge
+from attn_kd.data.needle.randomness import ClipRandom
 
 _AXIAL_WIDTH = 0.0055
 _LATERAL_WIDTH = 0.0075

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .profiles import decibels, ramp, ridge
-from .randomness import ClipRandom
-from .settings import MAX_DISTRACTORS, NeedleSettings
+from attn_kd.data.needle.profiles import decibels, ramp, ridge
+from attn_kd.data.needle.randomness import ClipRandom
+from attn_kd.data.needle.settings import MAX_DISTRACTORS, NeedleSettings
 
 CANVAS_MARGIN = 0.09
 _LAYERS = 5

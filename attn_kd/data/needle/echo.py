@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .acquisition import AXIAL_WIDTH, lateral_width
-from .motion import smooth_curve
-from .profiles import decibels, ramp, ridge
-from .randomness import ClipRandom
-from .settings import NeedleSettings
-from .trajectory import Needles
+from attn_kd.data.needle.acquisition import AXIAL_WIDTH, lateral_width
+from attn_kd.data.needle.motion import smooth_curve
+from attn_kd.data.needle.profiles import decibels, ramp, ridge
+from attn_kd.data.needle.randomness import ClipRandom
+from attn_kd.data.needle.settings import NeedleSettings
+from attn_kd.data.needle.trajectory import Needles
 
 _SPECULAR_LOSS = 16.0  # dB at 45 degrees from perpendicular
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .anatomy import CANVAS_MARGIN, Vessels
-from .profiles import ridge
-from .randomness import ClipRandom
+from attn_kd.data.needle.anatomy import CANVAS_MARGIN, Vessels
+from attn_kd.data.needle.profiles import ridge
+from attn_kd.data.needle.randomness import ClipRandom
 
 # Amplitude of each displacement mode as a share of the field of view, in the order of _modes().
 _AMPLITUDES = (0.010, 0.010, 0.012, 0.014, 0.010, 0.010)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...errors import InputError
+from attn_kd.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...errors import InputError
-from .acquisition import (
+from attn_kd.data.needle.acquisition import (
     ElectronicNoise,
     Scanner,
     compress,
@@ -19,12 +18,13 @@ from .acquisition import (
     sample_noise,
     sample_scanner,
 )
-from .anatomy import Canvas, sample_tissue
-from .echo import NeedleLook, needle_echo, sample_look
-from .motion import TissueMotion, sample_motion, sampling_grid
-from .randomness import ClipRandom
-from .settings import NeedleSettings
-from .trajectory import Needles, sample_needles
+from attn_kd.data.needle.anatomy import Canvas, sample_tissue
+from attn_kd.data.needle.echo import NeedleLook, needle_echo, sample_look
+from attn_kd.data.needle.motion import TissueMotion, sample_motion, sampling_grid
+from attn_kd.data.needle.randomness import ClipRandom
+from attn_kd.data.needle.settings import NeedleSettings
+from attn_kd.data.needle.trajectory import Needles, sample_needles
+from attn_kd.errors import InputError
 
 # Clips whose intermediate tensors are alive at once; small enough for the second-level cache.
 _CLIPS_AT_ONCE = 1

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .motion import smooth_curve
-from .randomness import ClipRandom
-from .settings import NeedleSettings
+from attn_kd.data.needle.motion import smooth_curve
+from attn_kd.data.needle.randomness import ClipRandom
+from attn_kd.data.needle.settings import NeedleSettings
 
 _DEEPEST = 0.93
 _FARTHEST = 0.95
