@@ -4,6 +4,7 @@ clips = simulate_clips(8, seed=1)          # 30 frames each, with the needle's b
 frames = simulate_frames(64, seed=1)       # the last frame of each clip alone, 30 times cheaper
 """
 
+from attn_kd.data.needle.folder import write_coco
 from attn_kd.data.needle.settings import NeedleSettings
 from attn_kd.data.needle.simulation import (
     NeedleClips,
@@ -21,4 +22,5 @@ __all__ = [
     "SimulatedFrames",
     "simulate_clips",
     "simulate_frames",
+    "write_coco",
 ]
