@@ -150,15 +150,19 @@ class AttentionDistiller:
         Args:
             batch: keyword arguments of the student's forward pass.
             teacher_inputs: those of the teacher's, where they differ (a clip instead of a frame,
-                cached features); None: `batch` without `labels`.
+                cached features); None: `batch` without `labels`. Both maps are taken under the
+                student's mask, so the teacher's log-sum-exp is then computed anew.
             student: the student in a wrapper (DistributedDataParallel, torch.compile), to be called
                 in its place; it must contain the distiller's own student.
         """
         if not self._open:
             raise InputError("the distiller is closed; expected an open one")
+        own_inputs = teacher_inputs is not None
         if teacher_inputs is None:
             teacher_inputs = {name: value for name, value in batch.items() if name != "labels"}
         teacher_output, records = self._run_teacher(teacher_inputs)
+        if own_inputs:
+            records = {path: record._replace(lse=None) for path, record in records.items()}
         taps = {pair.student_path: self._fuse_tap(pair, records) for pair in self._pairs}
         run_student = self.student if student is None else student
         student_output = run_student(

@@ -13,6 +13,7 @@ from attn_kd.integrations.attention_modules import (
     attention_modules,
     is_self_attention,
     last_encoder_self_attention,
+    listing,
 )
 
 _MOST_SUGGESTIONS = 4
@@ -79,12 +80,8 @@ def _attention_at(model: nn.Module, path: str, role: str) -> nn.Module:
 
 
 def _suggestion(path: str, candidates: list[str]) -> str:
-    if not candidates:
-        return "the model has no attention module that transformers dispatches"
     inside = [candidate for candidate in candidates if candidate.startswith(f"{path}.")]
     near = inside or difflib.get_close_matches(path, candidates, n=_MOST_SUGGESTIONS, cutoff=0.5)
     if near:
         return f"did you mean {' or '.join(map(repr, near[:_MOST_SUGGESTIONS]))}?"
-    listed = ", ".join(map(repr, candidates[:_MOST_SUGGESTIONS]))
-    more = ", ..." if len(candidates) > _MOST_SUGGESTIONS else ""
-    return f"its attention modules are {listed}{more}"
+    return listing(candidates)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from itertools import islice
 from typing import cast
 
 from torch import nn
@@ -12,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from attn_kd.errors import InputError
 from attn_kd.integrations.transformers import IMPLEMENTATION, register
 
+_MOST_NAMED = 4
 _KEY_SOURCES = ("key_value_states", "encoder_hidden_states")
 _TAKES_OUR_MASKS = {"sdpa", IMPLEMENTATION}
 
@@ -38,7 +40,7 @@ def last_encoder_self_attention(model: nn.Module) -> str:
     """Return the path of the final encoder layer's self-attention (backbones do not count).
 
     Raises:
-        InputError: the model has none; the message lists the attention modules it has.
+        InputError: the model has none; the message names attention modules that it has.
     """
     modules = attention_modules(model)
     for path, module in reversed(modules.items()):
@@ -48,13 +50,22 @@ def last_encoder_self_attention(model: nn.Module) -> str:
             return path
     raise InputError(
         f"{type(model).__name__} has no encoder self-attention to distil by default; name the "
-        f"layers, out of: {', '.join(modules) or 'no attention module found'}"
+        f"layers ({listing(modules)})"
     )
 
 
 def configuration(module: nn.Module) -> PreTrainedConfig:
     """Return the configuration object by which `module`, an attention module, is dispatched."""
     return cast(PreTrainedConfig, module.config)
+
+
+def listing(paths: Collection[str]) -> str:
+    """Return a phrase that names the first attention modules of a model."""
+    if not paths:
+        return "it has no attention module that transformers dispatches"
+    named = ", ".join(repr(path) for path in islice(paths, _MOST_NAMED))
+    more = f", and {len(paths) - _MOST_NAMED} more" if len(paths) > _MOST_NAMED else ""
+    return f"its attention modules are {named}{more}"
 
 
 class SwitchedImplementation:

@@ -25,14 +25,13 @@ class AttentionRecord(NamedTuple):
 
     query: Tensor  # [B, Ht, Lq, Dt]
     key: Tensor  # [B, Ht, Lk, Dt]
-    lse: Tensor  # [B, Ht, Lq], float32 or float64
+    lse: Tensor | None  # [B, Ht, Lq], float32 or float64, under the teacher's mask; None: unknown
     scale: float | None  # None: Dt ** -0.5
 
     def to(self, device: torch.device) -> AttentionRecord:
         """Return the record on `device`."""
-        return AttentionRecord(
-            self.query.to(device), self.key.to(device), self.lse.to(device), self.scale
-        )
+        lse = None if self.lse is None else self.lse.to(device)
+        return AttentionRecord(self.query.to(device), self.key.to(device), lse, self.scale)
 
 
 class Tap(Protocol):

@@ -147,6 +147,16 @@ def test_teacher_inputs_of_its_own(teacher, student):
     torch.testing.assert_close(actual.teacher.logits, teacher(**other).logits)
 
 
+def test_both_maps_are_taken_under_the_students_mask():
+    # Learned position embeddings do not depend on the mask, so the first layer's logits are equal.
+    student = tiny_detr(encoder_layers=1, position_embedding_type="learned").double()
+    batch = tiny_batch(dtype=torch.float64)
+    with AttentionDistiller(copy.deepcopy(student), student) as distiller:
+        unmasked = {"pixel_values": batch["pixel_values"]}
+        kl = distiller.run(batch, teacher_inputs=unmasked).attention_kl
+    torch.testing.assert_close(kl, torch.zeros_like(kl))
+
+
 def test_teacher_is_not_asked_for_a_loss(teacher, student):
     with AttentionDistiller(teacher.float(), student.float()) as distiller:
         result = distiller(**tiny_batch(labels=True))

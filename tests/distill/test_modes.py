@@ -113,6 +113,21 @@ def test_compiled_student_is_one_graph_and_is_compiled_once(teacher, student):
             )
 
 
+def test_student_run_through_distributed_data_parallel(teacher, student, tmp_path):
+    with AttentionDistiller(teacher, student) as distiller:
+        expected = encoder_gradients(student, distiller(**tiny_batch()).attention_kl)
+        store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        try:
+            replica = nn.parallel.DistributedDataParallel(student)
+            result = distiller.run(tiny_batch(), student=replica)
+            (result.attention_kl + 0.0 * result.student.logits.sum()).backward()
+        finally:
+            torch.distributed.destroy_process_group()
+    actual = [p.grad for p in student.model.encoder.layers[0].parameters()]
+    torch.testing.assert_close(actual, list(expected))
+
+
 def test_student_run_through_a_wrapper(teacher, student):
     class Wrapper(nn.Module):
         def __init__(self, module):
