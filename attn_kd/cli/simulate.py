@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from attn_kd.cli._arguments import (
     add_device_argument,
-    add_output_argument,
     positive_int,
     resolve_device,
     whole_number,
@@ -26,7 +25,7 @@ _SPLITS = {"train": 2000, "val": 300, "test": 300}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_output_argument(parser, "the data", required=False)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the data")
     for split, count in _SPLITS.items():
         parser.add_argument(
             f"--{split}",
