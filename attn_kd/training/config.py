@@ -15,7 +15,7 @@ from attn_kd._atomic import replacing_file
 from attn_kd.errors import InputError
 
 SCHEDULES = ("constant", "linear", "cosine")
-MIXED_PRECISIONS = ("none", "bf16")
+MIXED_PRECISIONS = ("none", "bf16", "bf16-backbone")
 
 #: Fields that may differ between an interrupted run and its continuation: they change what is seen
 #: of a run and how fast it goes, never the weights it arrives at.
@@ -57,7 +57,7 @@ class TrainingConfig:
     warmup: float = 0.05  # share of all steps
     schedule: str = "cosine"
     max_grad_norm: float = 0.1
-    amp: str = "none"
+    amp: str = "none"  # bf16-backbone: the convolutions alone, which gain most on a CPU
 
     # The distillation, eq. 3 of Rubin et al. 2021; without a teacher these are ignored.
     alpha: float = 0.7
@@ -68,7 +68,7 @@ class TrainingConfig:
     teacher_backbone: bool = True  # a student starts from its teacher's
     freeze_backbone: bool = False
     pretrain_backbone_steps: int = 0  # of dense objectness first, unless it is the teacher's
-    pretrain_learning_rate: float = 1e-3
+    pretrain_learning_rate: float = 2e-3
     cache_features: bool = False  # needs freeze_backbone
     cache_views: int = 4  # views of each image in the cache: as it is, the others augmented
 

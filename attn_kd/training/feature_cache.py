@@ -6,7 +6,6 @@ what it makes of an image is the same in every epoch and for every model.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,34 +24,6 @@ from attn_kd.training.sampling import sample_seed
 
 Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
 View = dict[str, torch.Tensor]  # features [C, h, w], mask [h, w] bool, and the labels' tensors
-
-
-@contextlib.contextmanager
-def feature_maps_as_input(*models: nn.Module) -> Iterator[None]:
-    """Let DETR models take their backbone's feature maps where they take images.
-
-    Inside, ``pixel_values`` may be feature maps ``[B, C, h, w]``, with C the channels the backbone
-    ends in, and ``pixel_mask`` is then ``[B, h, w]``; images go through the backbone as ever.
-    Parameters and their names stay as they are, so the models can be saved inside.
-    """
-    backbones = [model.model.backbone for model in models]
-    for model, backbone in zip(models, backbones, strict=True):
-        channels = model.model.input_projection.in_channels
-        backbone.forward = _accepting_features(backbone.forward, channels)
-    try:
-        yield
-    finally:
-        for backbone in backbones:
-            del backbone.forward  # the instance's; that of the class shows again
-
-
-def _accepting_features(backbone_forward: Callable, channels: int) -> Callable:
-    def forward(pixel_values: torch.Tensor, pixel_mask: torch.Tensor):
-        if pixel_values.shape[1] == channels:
-            return [(pixel_values, pixel_mask.bool())]
-        return backbone_forward(pixel_values, pixel_mask)
-
-    return forward
 
 
 def backbone_fingerprint(model: nn.Module) -> str:

@@ -26,6 +26,7 @@ from attn_kd.models import (
     save_detector,
 )
 from attn_kd.training.arguments import training_arguments
+from attn_kd.training.backbone_forward import bf16_backbone, feature_maps_as_input
 from attn_kd.training.callbacks import (
     EpochAnnouncer,
     HistoryWriter,
@@ -35,7 +36,6 @@ from attn_kd.training.callbacks import (
 )
 from attn_kd.training.config import TrainingConfig, read_json
 from attn_kd.training.evaluation import detection_metrics
-from attn_kd.training.feature_cache import feature_maps_as_input
 from attn_kd.training.pretrain import DenseObjectness
 from attn_kd.training.records import HISTORY_FILE, RunFolder, RunRecord, TeacherIdentity
 from attn_kd.training.sources import Source, TrainingData, feature_source, image_source
@@ -180,16 +180,18 @@ class _Run:
         config = self.config
         set_seed(config.seed)
         model, processor = self._build(data)
-        if checkpoint is not None:
-            model.load_state_dict(load_detector(checkpoint)[0].state_dict())
-        elif config.pretrain_backbone_steps and not self._starts_from_teacher:
-            self._pretrain(model, image_source(data.train, processor, config))
-        if config.freeze_backbone:
-            freeze_backbone(model)
-        trainer = self._trainer(model, processor, data)
+        models = [model] if self.teacher is None else [model, self.teacher]
         with contextlib.ExitStack() as stack:
+            if config.amp == "bf16-backbone":
+                stack.enter_context(bf16_backbone(*models))
+            if checkpoint is not None:
+                model.load_state_dict(load_detector(checkpoint)[0].state_dict())
+            elif config.pretrain_backbone_steps and not self._starts_from_teacher:
+                self._pretrain(model, image_source(data.train, processor, config))
+            if config.freeze_backbone:
+                freeze_backbone(model)
+            trainer = self._trainer(model, processor, data)
             if config.cache_features:
-                models = [model] if self.teacher is None else [model, self.teacher]
                 stack.enter_context(feature_maps_as_input(*models))
             trainer.add_callback(stack.enter_context(StopOnInterrupt()))
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -238,6 +240,7 @@ class _Run:
             args=self._arguments(
                 max_steps=self.config.pretrain_backbone_steps,
                 learning_rate=self.config.pretrain_learning_rate,
+                max_grad_norm=1.0,
                 save_strategy="no",
                 eval_strategy="no",
             ),

@@ -123,11 +123,28 @@ class DistillationTrainer(Trainer):
         if "loss" in logs:
             logs |= self._parts.take(self.accelerator.gather)
             if not math.isfinite(logs["loss"]):
-                raise InputError(
-                    f"the loss is {logs['loss']} at step {self.state.global_step}; "
-                    f"try a learning_rate below {self.args.learning_rate:g}"
-                )
+                raise self._diverged()
         super().log(logs, start_time)
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As in the base class.
+
+        Raises:
+            InputError: what the model predicts is no longer finite.
+        """
+        try:
+            return super().training_step(model, *args, **kwargs)
+        except ValueError as error:
+            # DETR's loss refuses boxes that are not numbers by the corners it finds in no order.
+            if "[x0, y0, x1, y1]" not in str(error):
+                raise
+            raise self._diverged() from error
+
+    def _diverged(self) -> InputError:
+        return InputError(
+            f"the training diverged by step {self.state.global_step + 1}; "
+            f"expected a learning_rate below {self.args.learning_rate:g}"
+        )
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted: transformers' estimate is for models of tokens."""

@@ -1,0 +1,180 @@
+import json
+
+import pytest
+import torch
+
+from attn_kd.errors import InputError
+from attn_kd.models import load_detector
+from attn_kd.training import TrainingConfig, distill_detector, train_detector
+from tests.tiny_data import write_tiny_data
+
+
+def weights(folder):
+    return load_detector(folder)[0].state_dict()
+
+
+def same(first, second):
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def backbone(state):
+    return {name: tensor for name, tensor in state.items() if ".backbone." in name}
+
+
+def test_train_leaves_a_model_folder_with_its_settings_and_history(
+    tiny_data, tiny_config, tmp_path
+):
+    run = train_detector(tiny_config, tiny_data, tmp_path / "out", device="cpu")
+    assert {path.name for path in run.folder.iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "training.json",
+        "history.json",
+    }
+    record = json.loads((run.folder / "training.json").read_text())
+    assert TrainingConfig.from_dict(record["config"]) == tiny_config
+    assert record["teacher"] is None
+    assert same(weights(run.folder), run.model.state_dict())
+    assert run.model.config.id2label == {0: "needle"}
+
+
+def test_plain_history_has_one_entry_a_step(tiny_data, tiny_config, tmp_path):
+    history = train_detector(tiny_config, tiny_data, tmp_path / "out", device="cpu").history
+    assert [entry["step"] for entry in history] == [1, 2, 3, 4, 5]
+    for entry in history:
+        assert entry["detection_loss"] == pytest.approx(entry["loss"])
+        assert "attention_kl" not in entry
+    # 12 pictures in batches of 4: three steps are an epoch.
+    assert history[2]["epoch"] == pytest.approx(1.0)
+
+
+def test_same_seed_gives_the_same_weights(tiny_data, tiny_config, tmp_path):
+    first = train_detector(tiny_config, tiny_data, tmp_path / "a", device="cpu")
+    second = train_detector(tiny_config, tiny_data, tmp_path / "b", device="cpu")
+    other = train_detector(tiny_config.replace(seed=1), tiny_data, tmp_path / "c", device="cpu")
+    assert same(first.model.state_dict(), second.model.state_dict())
+    assert not same(first.model.state_dict(), other.model.state_dict())
+
+
+def test_distilled_student_mixes_the_losses_by_alpha(
+    tiny_data, tiny_config, tiny_teacher, tmp_path
+):
+    run = distill_detector(tiny_config, tiny_teacher, tiny_data, tmp_path / "out", device="cpu")
+    for entry in run.history:
+        assert entry["attention_kl"] > 0
+        mixed = 0.3 * entry["detection_loss"] + 0.7 * entry["attention_kl"]
+        assert entry["loss"] == pytest.approx(mixed, rel=1e-5)
+
+
+def test_baseline_measures_the_divergence_it_does_not_learn_from(
+    tiny_data, tiny_config, tiny_teacher, tmp_path
+):
+    config = tiny_config.replace(alpha=0.0)
+    run = distill_detector(config, tiny_teacher, tiny_data, tmp_path / "baseline", device="cpu")
+    for entry in run.history:
+        assert entry["attention_kl"] > 0
+        assert entry["loss"] == pytest.approx(entry["detection_loss"])
+
+
+def test_distillation_brings_the_attention_closer_than_the_baseline(
+    tiny_data, tiny_config, tiny_teacher, tmp_path
+):
+    # With the whole loss on the divergence forty steps are plenty.
+    config = tiny_config.replace(max_steps=40, freeze_backbone=True, cache_features=True)
+    final = {
+        alpha: distill_detector(
+            config.replace(alpha=alpha),
+            tiny_teacher,
+            tiny_data,
+            tmp_path / str(alpha),
+            device="cpu",
+        ).history[-1]["attention_kl"]
+        for alpha in (0.0, 1.0)
+    }
+    assert final[1.0] < 0.5 * final[0.0]
+
+
+def test_class_term_is_logged_when_it_has_weight(tiny_data, tiny_config, tiny_teacher, tmp_path):
+    config = tiny_config.replace(class_weight=0.5, temperature=2.0)
+    run = distill_detector(config, tiny_teacher, tiny_data, tmp_path / "out", device="cpu")
+    for entry in run.history:
+        kl = entry["attention_kl"] + 0.5 * 2.0**2 * entry["class_kl"]
+        assert entry["loss"] == pytest.approx(0.3 * entry["detection_loss"] + 0.7 * kl, rel=1e-5)
+
+
+def test_frozen_backbone_stays_that_of_the_teacher(tiny_data, tiny_config, tiny_teacher, tmp_path):
+    config = tiny_config.replace(freeze_backbone=True)
+    run = distill_detector(config, tiny_teacher, tiny_data, tmp_path / "out", device="cpu")
+    assert same(backbone(run.model.state_dict()), backbone(weights(tiny_teacher)))
+
+
+def test_pretraining_changes_the_backbone_that_is_then_frozen(tiny_data, tiny_config, tmp_path):
+    config = tiny_config.replace(freeze_backbone=True, pretrain_backbone_steps=2)
+    two = train_detector(config, tiny_data, tmp_path / "two", device="cpu")
+    three = train_detector(
+        config.replace(pretrain_backbone_steps=3), tiny_data, tmp_path / "three", device="cpu"
+    )
+    assert not same(backbone(two.model.state_dict()), backbone(three.model.state_dict()))
+
+
+def test_freezing_an_untrained_backbone_is_refused(tiny_data, tiny_config, tmp_path):
+    with pytest.raises(InputError, match="nothing has trained the backbone"):
+        train_detector(tiny_config.replace(freeze_backbone=True), tiny_data, tmp_path / "out")
+
+
+def test_evaluation_during_training_is_in_the_history(tiny_data, tiny_config, tmp_path):
+    config = tiny_config.replace(eval_steps=2)
+    run = train_detector(config, tiny_data, tmp_path / "out", device="cpu")
+    measured = [entry["step"] for entry in run.history if "eval_mAP50" in entry]
+    assert measured == [2, 4, 5]  # and at the end
+
+
+def test_data_without_a_validation_split_trains(tiny_config, tmp_path):
+    data = write_tiny_data(tmp_path / "data")
+    (data / "annotations" / "instances_val.json").unlink()
+    config = tiny_config.replace(eval_steps=2)
+    assert train_detector(config, data, tmp_path / "out", device="cpu").history
+
+
+def test_bf16_trains_to_finite_weights(tiny_data, tiny_config, tiny_teacher, tmp_path):
+    config = tiny_config.replace(amp="bf16")
+    run = distill_detector(config, tiny_teacher, tiny_data, tmp_path / "out", device="cpu")
+    assert all(torch.isfinite(tensor).all() for tensor in run.model.state_dict().values())
+
+
+def test_tensorboard_gets_the_curves(tiny_data, tiny_config, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = tiny_config.replace(tensorboard=True)
+    train_detector(config, tiny_data, tmp_path / "out", device="cpu")
+    events = EventAccumulator(str(tmp_path / "out" / "tensorboard")).Reload()
+    assert len(events.Scalars("train/detection_loss")) == tiny_config.max_steps
+
+
+@pytest.mark.parametrize("existing", ["config.json", "training.json"])
+def test_folder_with_a_run_is_not_overwritten_unasked(tiny_data, tiny_config, tmp_path, existing):
+    (tmp_path / existing).write_text("{}")
+    with pytest.raises(InputError, match="already holds a training run or a model"):
+        train_detector(tiny_config, tiny_data, tmp_path, device="cpu")
+    assert (tmp_path / existing).read_text() == "{}"
+
+
+def test_overwriting_starts_anew(tiny_data, tiny_config, tiny_teacher, tmp_path):
+    first = train_detector(tiny_config, tiny_data, tmp_path / "out", device="cpu")
+    config = tiny_config.replace(seed=1)
+    second = train_detector(config, tiny_data, tmp_path / "out", overwrite=True, device="cpu")
+    assert not same(first.model.state_dict(), second.model.state_dict())
+    assert second.config == config
+
+
+def test_loss_that_is_no_longer_finite_stops_the_training(tiny_data, tiny_config, tmp_path):
+    config = tiny_config.replace(learning_rate=1e30, max_grad_norm=1e30)
+    with pytest.raises(InputError, match="learning_rate below 1e"):
+        train_detector(config, tiny_data, tmp_path / "out", device="cpu")
+
+
+def test_nothing_is_printed(tiny_data, tiny_config, tmp_path, capfd):
+    train_detector(tiny_config, tiny_data, tmp_path / "out", device="cpu")
+    assert capfd.readouterr().out == ""
