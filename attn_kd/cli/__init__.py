@@ -104,8 +104,10 @@ def _run(command: Command, argv: list[str]) -> int:
         if error.filename is None:
             raise
         return _fail(program, f"{error.filename}: {error.strerror or error}")
-    except KeyboardInterrupt:
-        print(f"\n{program}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interruption:
+        # Whoever can go on later says how in the exception's message.
+        remark = f"; {interruption}" if str(interruption) else ""
+        print(f"\n{program}: interrupted{remark}", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 

@@ -60,13 +60,12 @@ def add_data_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def add_output_argument(
-    parser: argparse.ArgumentParser, what: str, default: Path | None = None
+    parser: argparse.ArgumentParser, what: str, *, required: bool = True
 ) -> None:
     """``--out``, a folder for ``what``; prepare it with :func:`output_folder`."""
     parser.add_argument(
         "--out",
-        required=default is None,
-        default=default,
+        required=required,
         type=Path,
         metavar="DIR",
         help=f"folder for {what}",

@@ -90,12 +90,16 @@ def run(args: argparse.Namespace) -> int:
     )
     settings = {"seed": args.seed, **vars(size)}
     stages = Stages(out, settings, resume=args.resume, announce=_Announcer(started))
-    stages.run("simulation", lambda _: _simulate(size, args.seed, out / "data"))
-    runs = comparison.run(stages)
+    try:
+        stages.run("simulation", lambda _: _simulate(size, args, out / "data"))
+        runs = comparison.run(stages)
+        memory = measure_memory(stages, size.memory_tokens)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("the same command with --resume goes on from here") from None
     results = Results(
         runs,
         evaluated_on=f"{size.test_clips} simulated clips of unseen seeds",
-        memory=measure_memory(stages, size.memory_tokens),
+        memory=memory,
         settings=_shown_settings(size, student, args.seed),
         quick=args.quick,
     )
@@ -122,10 +126,14 @@ def _configs(size: Size, seed: int) -> tuple[TrainingConfig, TrainingConfig]:
     return teacher, student
 
 
-def _simulate(size: Size, seed: int, folder: Path) -> dict[str, Any]:
+def _simulate(size: Size, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    from tqdm import tqdm
+
     from attn_kd.data.needle import write_coco
 
-    write_coco(folder, {"train": size.train_clips, "test": size.test_clips}, seed=seed)
+    clips = {"train": size.train_clips, "test": size.test_clips}
+    with tqdm(total=sum(clips.values()), desc="clips", unit="clip", disable=args.quiet) as bar:
+        write_coco(folder, clips, seed=args.seed, force=True, progress=bar.update)
     return {}
 
 

@@ -79,17 +79,22 @@ def draw_curves(
     Args:
         title: for screen readers; shown as a tooltip too.
         value_label: what the vertical axis shows, with its unit.
+        logarithmic: whether the vertical axis is, if the values span enough for it to show more.
     """
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
 
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": title}):
         figure = Figure(figsize=(6.0, 3.5), layout="constrained")
         axes = figure.subplots()
         for curve in curves:
             _draw_curve(axes, curve)
-        if logarithmic:
+        if logarithmic and _span(curves) > 5:
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axes.yaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("training step")
         axes.set_title(value_label, loc="left", fontsize=10.5, color=_COLOURS["muted"], pad=26)
         axes.margins(x=0.01)
@@ -111,6 +116,12 @@ def _draw_curve(axes: Axes, curve: Curve) -> None:
     axes.plot(curve.steps, curve.values, color=colour, linewidth=0.8, alpha=0.25)
     smooth = running_median(curve.values, window=max(1, len(curve.values) // 15))
     axes.plot(curve.steps, smooth, color=colour, linewidth=2.0, linestyle=dash, label=curve.name)
+
+
+def _span(curves: Sequence[Curve]) -> float:
+    """The ratio of the largest to the smallest positive value."""
+    positive = [value for curve in curves for value in curve.values if value > 0]
+    return max(positive) / min(positive) if positive else 1.0
 
 
 def running_median(values: Sequence[float], window: int) -> np.ndarray:

@@ -26,7 +26,7 @@ def detection_gallery(
             cells.append(f"<div>{draw_scene(sample, run.role, found, label=label)}</div>")
     cells.append("<div></div>")
     cells += [f'<p class="note">{html.escape(sample.caption)}</p>' for sample in samples]
-    return _grid(cells, f"6.5rem repeat({len(samples)}, 1fr)")
+    return _grid(cells, f"4.6rem repeat({len(samples)}, 1fr)")
 
 
 def attention_gallery(

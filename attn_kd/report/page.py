@@ -67,7 +67,8 @@ def _page(results: Results, samples: Sequence[Sample], detectors: dict[str, Dete
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Attention distillation report</title><style>{CSS}</style></head>"
+        f'<link rel="icon" href="data:,"><title>Attention distillation report</title>'
+        f"<style>{CSS}</style></head>"
         f"<body><main>{''.join(sections)}</main></body></html>\n"
     )
 

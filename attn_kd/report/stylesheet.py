@@ -19,7 +19,7 @@ CSS = """
 }
 * { box-sizing: border-box; }
 body {
-  margin: 0 auto; padding: 3.5rem 1.5rem 5rem; max-width: 66rem;
+  margin: 0 auto; padding: 3.5rem 1.5rem 5rem; max-width: 70rem;
   background: var(--paper); color: var(--ink);
   font: 1rem/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
   font-variant-numeric: tabular-nums;
@@ -62,7 +62,7 @@ figure > svg, .pair svg { width: 100%; height: auto; display: block; }
   grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)); }
 .pair figure { margin: .5rem 0; }
 .frames { display: grid; gap: .55rem .7rem; margin: 1rem 0; align-items: start; }
-.frames .head { font-weight: 600; font-size: .92rem; align-self: end; }
+.frames .head { font-weight: 600; font-size: .92rem; align-self: center; line-height: 1.3; }
 .frames svg { width: 100%; height: auto; display: block; border-radius: .35rem;
   background: #000; }
 .frames .note { line-height: 1.35; font-size: .82rem; margin: .25rem 0 0; }
