@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from attn_kd import available_backends
 from attn_kd.distill import AttentionDistiller
 from attn_kd.errors import InputError
 from tests.distill.explicit import explicit_encoder_kl
@@ -144,3 +145,25 @@ def test_student_run_through_a_wrapper(teacher, student):
         expected = distiller(**tiny_batch())
     assert wrapper.calls == 1
     assert result.attention_kl == expected.attention_kl
+
+
+@pytest.mark.skipif(not available_backends()["cpu"].available, reason="needs the compiled kernels")
+def test_nothing_of_the_size_of_a_map_is_kept_for_backward(teacher, student):
+    size, tokens = 256, 32 * 32
+    batch = {
+        "pixel_values": torch.randn(1, 3, size, size),
+        "pixel_mask": torch.ones(1, size, size, dtype=torch.long),
+    }
+    batch["pixel_mask"][..., 200:] = 0
+    sizes = []
+
+    def pack(tensor):
+        sizes.append(tensor.untyped_storage().nbytes() // tensor.element_size())
+        return tensor
+
+    with (
+        AttentionDistiller(teacher, student) as distiller,
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
+        distiller(**batch)
+    assert max(sizes) < tokens * tokens
