@@ -42,7 +42,7 @@ def sample_look(
     return NeedleLook(
         level=level,
         gauge=random.uniform(0.024, 0.042, 1, 1, 1),
-        ringing=decibels(random.uniform(-18.0, -5.0, 1, 1, 1)),
+        ringing=decibels(random.uniform(-30.0, -10.0, 1, 1, 1)),
         ringing_decay=random.uniform(0.03, 0.11, 1, 1, 1),
         shadow=random.uniform(0.25, 0.75, 1, 1, 1),
         tip=random.uniform(0.0, 1.2, 1, 1, 1),
@@ -63,18 +63,19 @@ def needle_echo(
     shaft_z = needles.entry_depth[:, frames, None, None] + travelled * torch.tan(angle)
     from_tip = length - travelled / torch.cos(angle)  # [N, T, 1, S], positive along the shaft
     inside = ramp(from_tip, 0.02)
+    behind = ramp(from_tip - 0.01, 0.05)  # what lies below the shaft blurs with depth
 
     below = z - shaft_z  # [N, T, S, S]
     blur = (AXIAL_WIDTH * torch.cos(angle)).square()
     blur = blur + (lateral_width(shaft_z) * torch.sin(angle)).square()
-    width = (blur + 0.007**2).sqrt() / torch.cos(angle)
+    width = (blur + 0.005**2).sqrt() / torch.cos(angle)
     level = decibels(look.level[:, frames, None, None])
-    glint = 1.0 + look.tip * ridge(from_tip, 0.015)
-    amplitude = level * inside * glint * _texture(look, from_tip)
+    glint = 1.0 + look.tip * ridge(from_tip / 0.015)
+    amplitude = level * glint * _texture(look, from_tip)
 
-    profile = ridge(below, width)
-    echo = amplitude * (profile + _reverberation(look, below))
-    transmission = 1.0 - look.shadow * inside * ramp(below, 0.02)
+    profile = ridge(below / width)
+    echo = amplitude * (inside * profile + behind * _reverberation(look, below))
+    transmission = 1.0 - look.shadow * behind * ramp(below, 0.02)
     return echo, transmission
 
 
@@ -91,5 +92,5 @@ def _texture(look: NeedleLook, from_tip: Tensor) -> Tensor:
 def _reverberation(look: NeedleLook, below: Tensor) -> Tensor:
     """Echoes of the far wall: lines one gauge apart that fade with depth (comet tail)."""
     decay = torch.exp(-below.clamp(min=0.0) / look.ringing_decay)
-    lines = (0.5 + 0.5 * torch.cos(below * (2 * math.pi / look.gauge))).square()
+    lines = 0.65 + 0.35 * torch.cos(below * (2 * math.pi / look.gauge))
     return look.ringing * decay * lines * ramp(below, 0.015)

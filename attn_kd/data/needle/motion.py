@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from attn_kd.data.needle.anatomy import CANVAS_MARGIN, Vessels
@@ -58,46 +59,48 @@ def sample_motion(random: ClipRandom, times: Tensor, vessels: Vessels) -> Tissue
 
 def sampling_grid(motion: TissueMotion, frames: slice, size: int) -> Tensor:
     """Where each pixel of the frames looks on the canvas, for grid_sample, [N, T, S, S, 2]."""
-    device = motion.coefficients.device
-    line = (torch.arange(size, device=device) + 0.5) / size
+    line = (torch.arange(size, device=motion.coefficients.device) + 0.5) / size
+    # grid_sample's coordinates span [-1, 1] from rim to rim of the canvas.
+    scale = 2.0 / (1.0 + 2.0 * math.ceil(CANVAS_MARGIN * size) / size)
+    modes = _modes(line).mul_(scale)
+    coefficients = F.pad(motion.coefficients[:, frames], (1, 0), value=1.0)
+    num_clips, num_frames = coefficients.shape[:2]
+    grid = (coefficients.flatten(0, 1) @ modes.flatten(1)).view(
+        num_clips, num_frames, size, size, 2
+    )
+    pulsation = scale * motion.pulsation[:, frames, None, None, None]
+    return grid.addcmul_(pulsation, _pulsation_mode(motion.vessels, line)[:, None])
+
+
+def _modes(line: Tensor) -> Tensor:
+    """Rest position and shapes of displacement, [1 + M, S, S, 2].
+
+    The shapes: shift x, shift z, rotate, compress, shear, bend.
+    """
     z, x = torch.meshgrid(line, line, indexing="ij")
-    coefficients = motion.coefficients[:, frames]
-    modes = _modes(x, z)
-    shift = (coefficients.flatten(0, 1) @ modes.flatten(1)).view(
-        *coefficients.shape[:2], size, size, 2
-    )
-    pulse = (
-        motion.pulsation[:, frames, None, None, None]
-        * _pulsation_mode(motion.vessels, x, z)[:, None]
-    )
-    position = torch.stack([x, z], dim=-1) + shift + pulse
-    margin = math.ceil(CANVAS_MARGIN * size) / size
-    return (position - 0.5) * (2.0 / (1.0 + 2.0 * margin))
-
-
-def _modes(x: Tensor, z: Tensor) -> Tensor:
-    """Shapes of displacement, [M, S, S, 2]: shift x, shift z, rotate, compress, shear, bend."""
     zero, one = torch.zeros_like(x), torch.ones_like(x)
-    return torch.stack(
-        [
-            torch.stack([one, zero], -1),
-            torch.stack([zero, one], -1),
-            torch.stack([0.5 - z, x - 0.5], -1),
-            torch.stack([zero, z], -1),
-            torch.stack([z - 0.5, zero], -1),
-            torch.stack([zero, torch.sin(math.pi * x) * z], -1),
-        ]
-    )
+    shapes = [
+        (x - 0.5, z - 0.5),
+        (one, zero),
+        (zero, one),
+        (0.5 - z, x - 0.5),
+        (zero, z),
+        (z - 0.5, zero),
+        (zero, torch.sin(math.pi * x) * z),
+    ]
+    return torch.stack([torch.stack(shape, dim=-1) for shape in shapes])
 
 
-def _pulsation_mode(vessels: Vessels, x: Tensor, z: Tensor) -> Tensor:
-    """Displacement away from vessel centres that fades with distance, [N, S, S, 2]."""
-    mode = torch.zeros(vessels.x.shape[0], *x.shape, 2, device=x.device)
-    for k in range(vessels.x.shape[1]):
-        radius = vessels.radius_z[:, k].view(-1, 1, 1)
-        away_x = x - vessels.x[:, k].view(-1, 1, 1)
-        away_z = z - vessels.z[:, k].view(-1, 1, 1)
-        reach = radius.clamp(min=0.01)
-        strength = (radius > 0) * ridge((away_x.square() + away_z.square()).sqrt(), reach) / reach
-        mode -= torch.stack([away_x * strength, away_z * strength], dim=-1)
-    return mode
+def _pulsation_mode(vessels: Vessels, line: Tensor) -> Tensor:
+    """Displacement away from vessel centres that fades with distance, [N, S, S, 2].
+
+    A Gaussian is a product of its two directions, so the mode is a sum of outer products.
+    """
+    reach = vessels.radius_z.clamp(min=0.01)[..., None]
+    away_x = (line - vessels.x[..., None]) / reach  # [N, V, S]
+    away_z = (line - vessels.z[..., None]) / reach
+    bump_x = ridge(away_x) * (vessels.radius_z[..., None] > 0)
+    bump_z = ridge(away_z)
+    mode_x = torch.einsum("nvz,nvx->nzx", bump_z, bump_x * away_x)
+    mode_z = torch.einsum("nvz,nvx->nzx", bump_z * away_z, bump_x)
+    return -torch.stack([mode_x, mode_z], dim=-1)

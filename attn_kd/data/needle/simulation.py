@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attn_kd.data.needle.acquisition import (
-    ElectronicNoise,
     Scanner,
+    add_noise,
+    add_rough_mirror,
     compress,
     image_tissue,
-    sample_noise,
+    noise_places,
     sample_scanner,
 )
 from attn_kd.data.needle.anatomy import Canvas, sample_tissue
@@ -64,7 +65,7 @@ class _Scene:
     needles: Needles
     look: NeedleLook
     scanner: Scanner
-    noise: ElectronicNoise
+    noise: list[list[list[int]]]  # places on the noise tile, [N][T][2]
     settings: NeedleSettings
 
 
@@ -152,7 +153,7 @@ def _build_scene(
     needles = sample_needles(random, times, motion.depth_shift, settings)
     look = sample_look(random, times, needles, settings)
     echo = image_tissue(random, tissue, canvas)
-    noise = sample_noise(random, settings.size, settings.frames)
+    noise = noise_places(random, settings.frames, settings.size)
     return _Scene(echo, motion, needles, look, scanner, noise, settings)
 
 
@@ -170,11 +171,12 @@ def _render(scene: _Scene, frames: slice) -> Tensor:
         amplitude, transmission = needle_echo(
             _select(scene.needles, shown), _select(scene.look, shown), frames, size
         )
-        with_needle = echo[shown] * transmission[:, :, None]
-        with_needle[:, :, 0] += amplitude
-        echo[shown] = with_needle
+        for clip, seen, added in zip(shown.tolist(), transmission, amplitude, strict=True):
+            echo[clip] *= seen[:, None]
+            add_rough_mirror(echo[clip], added, scene.noise[clip][0])
     echo *= scene.scanner.gain[:, None, None]
-    return compress(echo, scene.noise.frames(frames), scene.scanner)
+    add_noise(echo, [places[frames] for places in scene.noise], scene.scanner)
+    return compress(echo, scene.scanner)
 
 
 _Batched = TypeVar("_Batched", Needles, NeedleLook)
