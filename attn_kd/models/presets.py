@@ -54,15 +54,17 @@ DETR_R50 = Preset(
     num_queries=1,
 )
 
-# For training from scratch on a CPU. Dropout is off: so small a transformer underfits before it
-# overfits.
+# For training from scratch on a CPU. Attention in DETR has positions in queries and keys only; its
+# values know where they are by the zero padding that the backbone has seen, so the blocks of the
+# later, cheaper stages are there for a receptive field as wide as the image. Dropout is off: so
+# small a transformer underfits before it overfits.
 DETR_TINY = Preset(
     name="detr-tiny",
     summary="for CPUs, trained from scratch: narrow ResNet at stride 16, d_model 64, 128 x 128",
     backbone={
         "embedding_size": 16,
         "hidden_sizes": (32, 64, 128),
-        "depths": (1, 1, 1),
+        "depths": (1, 2, 3),
         "layer_type": "basic",
     },
     transformer={
@@ -75,7 +77,7 @@ DETR_TINY = Preset(
         "auxiliary_loss": True,
     },
     image_size={"height": 128, "width": 128},
-    num_queries=5,
+    num_queries=10,
     trainable_batch_norm=True,
 )
 
