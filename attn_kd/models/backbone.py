@@ -9,6 +9,7 @@ so a saved model also loads in plain transformers, with frozen norms and the sam
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -74,7 +75,7 @@ def _tensors(backbone: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _replace_batch_norms(
-    parent: nn.Module, kind: type[nn.Module], make: Callable[[nn.Module], nn.Module]
+    parent: nn.Module, kind: type[nn.Module], make: Callable[[Any], nn.Module]
 ) -> None:
     for name, child in parent.named_children():
         if type(child) is kind:
@@ -83,7 +84,7 @@ def _replace_batch_norms(
             _replace_batch_norms(child, kind, make)
 
 
-def _trainable_batch_norm(frozen: nn.Module) -> nn.Module:
+def _trainable_batch_norm(frozen: DetrFrozenBatchNorm2d) -> nn.Module:
     norm = nn.BatchNorm2d(frozen.weight.numel()).to(frozen.weight)
     with torch.no_grad():
         for name in _SHARED_TENSORS:
@@ -91,7 +92,7 @@ def _trainable_batch_norm(frozen: nn.Module) -> nn.Module:
     return norm
 
 
-def _fixed_batch_norm(norm: nn.Module) -> nn.Module:
+def _fixed_batch_norm(norm: nn.BatchNorm2d) -> nn.Module:
     """The same norm with the very same parameters, so that optimisers and counts keep theirs."""
     fixed = FixedStatisticsBatchNorm2d(norm.num_features, eps=norm.eps, device="meta")
     fixed._parameters = norm._parameters
