@@ -1,0 +1,227 @@
+// Backward pass: gradients of query, key and value through output, divergence and log-sum-exp.
+//
+// A task owns a range of keys of one (batch, head) and runs over all queries, a panel at a time,
+// with tiles kept transposed as in the forward pass. The six products, none of which transposes a
+// tile:
+//   S = K Qt,  T = Kt Qtt,  dP = V dOt,  dQ panel += Kt dS,  dV += A dO,  dK += dS Q
+// dK and dV belong to the task alone; dQ is summed over a (batch, head)'s tasks afterwards, in
+// order.
+#pragma once
+
+#include "divergence.h"
+#include "exp2.h"
+#include "gemm.h"
+
+namespace attn_kd::ATTN_KD_ISA {
+
+using cpu::BackwardProblem;
+using cpu::kChunkKeys;
+
+// Keys of a backward tile: a multiple of the micro-kernels' 6 and 12 rows; three tiles are 36 KiB.
+inline constexpr int64_t kBackwardKeys = 48;
+
+// dS = A (dP + offset + divergence part), in place: logits becomes A, grad_probability becomes dS.
+template <class Div, class T>
+inline void grad_sweep(T* logits, const T* teacher, T* grad_probability, int64_t keys, vec<T> lse,
+                       vec<T> teacher_lse, vec<T> offset, vec<T> slope) {
+  for (int64_t at = 0; at < keys * kPanel<T>; at += kPanel<T>) {
+    const vec<T> s = load(logits + at);
+    const vec<T> a = exp2<T>(s - lse);
+    store<T>(logits + at, a);
+    const vec<T> dp = load(grad_probability + at) + offset;
+    if constexpr (Div::kTeacher) {
+      const vec<T> t = load(teacher + at);
+      vec<T> b{};
+      if constexpr (Div::kTeacherProbability) b = exp2<T>(t - teacher_lse);
+      store<T>(grad_probability + at, Div::grad_logit(a, b, s - t, dp, slope));
+    } else {
+      store<T>(grad_probability + at, a * dp);
+    }
+  }
+}
+
+template <class Div, class T>
+class BackwardWorker {
+ public:
+  explicit BackwardWorker(const BackwardProblem& problem)
+      : p_(problem),
+        value_dim_(problem.grad_output ? problem.value_dim : 0),
+        head_ld_(round_up(problem.head_dim, kLanes<T>)),
+        value_ld_(round_up(value_dim_, kLanes<T>)),
+        chunk_(min(kChunkKeys, problem.key_length)),
+        scratch_(elements()),
+        key_(scratch_.take(chunk_ * p_.head_dim)),
+        teacher_key_(scratch_.take(chunk_ * p_.teacher_dim)),
+        value_(scratch_.take(chunk_ * value_dim_)),
+        grad_key_(scratch_.take(chunk_ * head_ld_)),
+        grad_value_(scratch_.take(chunk_ * value_ld_)),
+        query_rows_(scratch_.take(P * head_ld_)),
+        grad_output_rows_(scratch_.take(P * value_ld_)),
+        rows_(scratch_.take(P * widest())),
+        query_(scratch_.take(P * p_.head_dim)),
+        teacher_query_(scratch_.take(P * p_.teacher_dim)),
+        grad_output_(scratch_.take(P * value_dim_)),
+        grad_query_(scratch_.take(P * p_.head_dim)),
+        logits_(scratch_.take(P * kBackwardKeys)),
+        teacher_logits_(scratch_.take(P * kBackwardKeys)),
+        grad_probability_(scratch_.take(P * kBackwardKeys)),
+        lse_(scratch_.take(P)),
+        teacher_lse_(scratch_.take(P)),
+        offset_(scratch_.take(P)),
+        slope_(scratch_.take(P)),
+        bias_(problem.mask, scratch_, kBackwardKeys) {}
+
+  void key_range(int64_t b, int64_t h, int64_t split, int64_t begin, int64_t end) {
+    for (int64_t first = begin; first < end; first += chunk_) {
+      const int64_t keys = min(end - first, chunk_);
+      start_chunk(b, h, first, keys);
+      for (int64_t row = 0; row < p_.query_length; row += P) {
+        const int64_t rows = min(p_.query_length - row, P);
+        start_panel(b, h, row, rows);
+        for (int64_t key = 0; key < keys; key += kBackwardKeys) {
+          const int64_t tile_keys = min(keys - key, kBackwardKeys);
+          if (bias_.read(b, h, row, rows, first + key, tile_keys)) tile(key, tile_keys, rows);
+        }
+        finish_panel(split * p_.batch + b, h, row, rows, first == begin);
+      }
+      store_rows(grad_key_, head_ld_, T(p_.scale), p_.grad_key, b, h, first, keys, p_.head_dim);
+      store_rows(grad_value_, value_ld_, T(1), p_.grad_value, b, h, first, keys, value_dim_);
+    }
+  }
+
+ private:
+  static constexpr int64_t P = kPanel<T>;
+  static int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+  int64_t widest() const {
+    const int64_t widest = head_ld_ > value_ld_ ? head_ld_ : value_ld_;
+    return widest > p_.teacher_dim ? widest : p_.teacher_dim;
+  }
+  int64_t elements() const {
+    const int64_t per_key = 2 * head_ld_ + 2 * value_ld_ + round_up(p_.teacher_dim, kLanes<T>);
+    const int64_t per_row =
+        3 * head_ld_ + 2 * value_ld_ + p_.teacher_dim + widest() + 3 * kBackwardKeys + 4;
+    return Scratch<T>::padded(chunk_ * per_key) + P * per_row + 8 * P +
+           Scratch<T>::padded(Bias<T>::elements(p_.mask, kBackwardKeys));
+  }
+
+  void start_chunk(int64_t b, int64_t h, int64_t first, int64_t keys) {
+    load_rows(p_.key, b, h, first, keys, p_.head_dim, key_, p_.head_dim);
+    if constexpr (Div::kTeacher)
+      load_rows(p_.teacher_key, b, h, first, keys, p_.teacher_dim, teacher_key_, p_.teacher_dim);
+    if (value_dim_) load_rows(p_.value, b, h, first, keys, value_dim_, value_, value_dim_);
+    fill(grad_key_, keys * head_ld_, T(0));
+    fill(grad_value_, keys * value_ld_, T(0));
+  }
+
+  void start_panel(int64_t b, int64_t h, int64_t row, int64_t rows) {
+    if constexpr (Div::kTeacher) {
+      load_rows(p_.teacher_query, b, h, row, rows, p_.teacher_dim, rows_, p_.teacher_dim);
+      transpose_to_panel(rows_, p_.teacher_dim, rows, p_.teacher_dim, T(p_.teacher_scale * kLog2e),
+                         teacher_query_);
+    }
+    load_rows(p_.query, b, h, row, rows, p_.head_dim, query_rows_, head_ld_);
+    transpose_to_panel(query_rows_, head_ld_, rows, p_.head_dim, T(p_.scale * kLog2e), query_);
+    fill(grad_query_, P * p_.head_dim, T(0));
+    if (value_dim_) {
+      load_rows(p_.output, b, h, row, rows, value_dim_, rows_, value_ld_);
+      load_rows(p_.grad_output, b, h, row, rows, value_dim_, grad_output_rows_, value_ld_);
+      transpose_to_panel(grad_output_rows_, value_ld_, rows, value_dim_, T(1), grad_output_);
+    }
+    row_constants((b * p_.heads + h) * p_.query_length + row, rows);
+  }
+
+  // Per row: base-2 LSEs, and what of dS does not depend on the key. Lanes without a row, and rows
+  // that see no key, get an infinite LSE, so that their probabilities are exactly 0.
+  void row_constants(int64_t at, int64_t rows) {
+    const auto read = [at](const void* values, int64_t row) {
+      return values ? static_cast<const T*>(values)[at + row] : T(0);
+    };
+    fill(lse_, P, static_cast<T>(__builtin_inf()));
+    fill(teacher_lse_, P, static_cast<T>(__builtin_inf()));
+    fill(offset_, P, T(0));
+    fill(slope_, P, T(0));
+    for (int64_t row = 0; row < rows; ++row) {
+      const T lse = T(kLog2e) * read(p_.lse, row);
+      if (lse == -static_cast<T>(__builtin_inf())) continue;
+      lse_[row] = lse;
+      T offset = read(p_.grad_lse, row);
+      for (int64_t i = 0; i < value_dim_; ++i)
+        offset -= grad_output_rows_[row * value_ld_ + i] * rows_[row * value_ld_ + i];
+      if constexpr (Div::kTeacher) {
+        const T grad = read(p_.grad_kl, row);
+        teacher_lse_[row] = T(kLog2e) * read(p_.teacher_lse, row);
+        offset += Div::offset(grad, read(p_.kl, row), lse, teacher_lse_[row]);
+        slope_[row] = Div::slope(grad);
+      }
+      offset_[row] = offset;
+    }
+  }
+
+  void tile(int64_t key, int64_t keys, int64_t rows) {
+    const int64_t vectors = round_up(rows, kLanes<T>) / kLanes<T>;
+    const T* k = key_ + key * p_.head_dim;
+    gemm<false, false>(keys, vectors, p_.head_dim, Left<T>{k, p_.head_dim, 1}, query_, P, logits_,
+                       P);
+    bias_.add_to(logits_, keys, vectors);
+    if constexpr (Div::kTeacher) {
+      const T* tk = teacher_key_ + key * p_.teacher_dim;
+      gemm<false, false>(keys, vectors, p_.teacher_dim, Left<T>{tk, p_.teacher_dim, 1},
+                         teacher_query_, P, teacher_logits_, P);
+      bias_.add_to(teacher_logits_, keys, vectors);
+    }
+    // With no gradient of the output the depth is 0, and the product writes zeros.
+    gemm<false, false>(keys, vectors, value_dim_, Left<T>{value_ + key * value_dim_, value_dim_, 1},
+                       grad_output_, P, grad_probability_, P);
+    for (int64_t lane = 0; lane < vectors * kLanes<T>; lane += kLanes<T>)
+      grad_sweep<Div>(logits_ + lane, teacher_logits_ + lane, grad_probability_ + lane, keys,
+                      load(lse_ + lane), load(teacher_lse_ + lane), load(offset_ + lane),
+                      load(slope_ + lane));
+    gemm<true, true>(p_.head_dim, vectors, keys, Left<T>{k, 1, p_.head_dim}, grad_probability_, P,
+                     grad_query_, P);
+    gemm<false, true>(keys, head_ld_ / kLanes<T>, rows, Left<T>{grad_probability_, P, 1},
+                      query_rows_, head_ld_, grad_key_ + key * head_ld_, head_ld_);
+    gemm<false, true>(keys, value_ld_ / kLanes<T>, rows, Left<T>{logits_, P, 1}, grad_output_rows_,
+                      value_ld_, grad_value_ + key * value_ld_, value_ld_);
+  }
+
+  void finish_panel(int64_t b, int64_t h, int64_t row, int64_t rows, bool first_chunk) {
+    const T scale = T(p_.scale);
+    T* dst = static_cast<T*>(p_.grad_query.data) + p_.grad_query.offset(b, h, row);
+    for (int64_t i = 0; i < rows; ++i, dst += p_.grad_query.row_stride)
+      for (int64_t j = 0; j < p_.head_dim; ++j) {
+        const T part = scale * grad_query_[j * P + i];
+        dst[j] = first_chunk ? part : dst[j] + part;
+      }
+  }
+
+  const BackwardProblem& p_;
+  const int64_t value_dim_, head_ld_, value_ld_, chunk_;
+  Scratch<T> scratch_;
+  T *key_, *teacher_key_, *value_, *grad_key_, *grad_value_;
+  T *query_rows_, *grad_output_rows_, *rows_, *query_, *teacher_query_, *grad_output_, *grad_query_;
+  T *logits_, *teacher_logits_, *grad_probability_, *lse_, *teacher_lse_, *offset_, *slope_;
+  Bias<T> bias_;
+};
+
+template <class Div, class T>
+void backward_tasks(const BackwardProblem& problem, int64_t begin, int64_t end) {
+  BackwardWorker<Div, T> worker(problem);
+  const int64_t splits = problem.key_splits;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t head = task / splits, split = task % splits;
+    worker.key_range(head / problem.heads, head % problem.heads, split,
+                     problem.key_length * split / splits,
+                     problem.key_length * (split + 1) / splits);
+  }
+}
+
+template <class T>
+void backward(const BackwardProblem& problem, int64_t begin, int64_t end) {
+  switch (problem.divergence) {
+    case cpu::Divergence::none: return backward_tasks<NoDivergence, T>(problem, begin, end);
+    case cpu::Divergence::reverse_kl: return backward_tasks<ReverseKL, T>(problem, begin, end);
+    case cpu::Divergence::forward_kl: return backward_tasks<ForwardKL, T>(problem, begin, end);
+  }
+}
+
+}  // namespace attn_kd::ATTN_KD_ISA

@@ -1,0 +1,251 @@
+// Forward pass: attention output, log-sum-exps and divergence of a panel of query rows, in one
+// sweep over the keys.
+//
+// Tiles are kept transposed, keys by queries, one query per SIMD lane: the softmax then needs no
+// horizontal operation, keys and values are read in their natural layout as the broadcast operand
+//   S = K Qt,  T = Kt Qtt,  O += Vt P      (Qt, Qtt, O: panels, see tile.h)
+// and nothing of the size of the attention map is ever transposed.
+#pragma once
+
+#include "divergence.h"
+#include "exp2.h"
+#include "gemm.h"
+
+namespace attn_kd::ATTN_KD_ISA {
+
+using cpu::ForwardProblem;
+
+// Keys of a forward tile: a multiple of the micro-kernel's 6 rows; two tiles of 48 keys by 64
+// floats are 24 KiB.
+inline constexpr int64_t kForwardKeys = 48;
+
+// The running sums of a panel, base 2, one lane a query row.
+template <class T>
+struct RunningSums {
+  T* max;          // largest logit seen
+  T* sum;          // sum of p = 2^(s - max)
+  T* weighted;     // sum of the divergence's terms
+  T* teacher_max;  // the same for the teacher; the given LSE where there is one
+  T* teacher_sum;
+
+  explicit RunningSums(Scratch<T>& scratch)
+      : max(scratch.take(kPanel<T>)),
+        sum(scratch.take(kPanel<T>)),
+        weighted(scratch.take(kPanel<T>)),
+        teacher_max(scratch.take(kPanel<T>)),
+        teacher_sum(scratch.take(kPanel<T>)) {}
+  static constexpr int64_t kElements = 5 * kPanel<T>;
+
+  void reset(const T* given_teacher_lse, int64_t rows) {
+    fill(max, kPanel<T>, kMasked<T>);
+    fill(sum, kPanel<T>, T(0));
+    fill(weighted, kPanel<T>, T(0));
+    fill(teacher_sum, kPanel<T>, T(0));
+    fill(teacher_max, kPanel<T>, kMasked<T>);
+    if (given_teacher_lse)
+      for (int64_t row = 0; row < rows; ++row)
+        teacher_max[row] = T(kLog2e) * given_teacher_lse[row];
+  }
+};
+
+// Raises the running maximum of one vector of lanes to cover the tile's column; returns by how much
+// earlier sums shrink.
+template <class T>
+inline vec<T> raise_max(const T* tile, int64_t keys, T* running_max) {
+  const vec<T> before = load(running_max);
+  vec<T> highest = before;
+  for (int64_t key = 0; key < keys; ++key)
+    highest = max_or_second<T>(load(tile + key * kPanel<T>), highest);
+  store<T>(running_max, highest);
+  return exp2<T>(before - highest);
+}
+
+// What to subtract from logits whose maximum is `max`: where nothing was visible yet, 0, which
+// leaves masked logits low enough to vanish.
+template <class T>
+inline vec<T> reference(vec<T> max) {
+  return max == kMasked<T> ? vec<T>{} : max;
+}
+
+// Turns the tile's logits into p = 2^(s - max) and adds them to the running sums of one vector of
+// lanes. `logits` and `teacher` point at the lanes' column of the tiles.
+template <class Div, bool kTeacherLse, class T>
+inline void sweep(T* logits, const T* teacher, int64_t keys, const RunningSums<T>& sums,
+                  int64_t lane, T* output, int64_t value_dim) {
+  constexpr bool kTeacherSum = Div::kTeacher && (Div::kTeacherProbability || !kTeacherLse);
+  const vec<T> before = load(sums.max + lane);
+  const vec<T> shrink = raise_max(logits, keys, sums.max + lane);
+  const vec<T> highest = load(sums.max + lane), max = reference<T>(highest);
+  vec<T> sum = load(sums.sum + lane), weighted{}, teacher_sum{}, teacher_max{},
+         teacher_shrink = broadcast(T(1));
+  if constexpr (Div::kTeacher) weighted = load(sums.weighted + lane);
+  if constexpr (kTeacherSum) {
+    if constexpr (!kTeacherLse) teacher_shrink = raise_max(teacher, keys, sums.teacher_max + lane);
+    teacher_max = reference<T>(load(sums.teacher_max + lane));
+    teacher_sum = load(sums.teacher_sum + lane) * teacher_shrink;
+  }
+  weighted *= Div::kTeacherProbability ? teacher_shrink : shrink;
+  sum *= shrink;
+  if (!all_equal<T>(before, highest))
+    for (int64_t row = 0; row < value_dim; ++row)
+      store<T>(output + row * kPanel<T>, load(output + row * kPanel<T>) * shrink);
+
+  for (int64_t key = 0; key < keys; ++key) {
+    T* at = logits + key * kPanel<T>;
+    const vec<T> s = load(at);
+    const vec<T> p = exp2<T>(s - max);
+    store<T>(at, p);
+    sum += p;
+    if constexpr (Div::kTeacher) {
+      const vec<T> t = load(teacher + key * kPanel<T>);
+      vec<T> pt{};
+      if constexpr (kTeacherSum) {
+        pt = exp2<T>(t - teacher_max);
+        teacher_sum += pt;
+      }
+      weighted += Div::term(p, pt, s - t);
+    }
+  }
+  store<T>(sums.sum + lane, sum);
+  if constexpr (Div::kTeacher) store<T>(sums.weighted + lane, weighted);
+  if constexpr (kTeacherSum) store<T>(sums.teacher_sum + lane, teacher_sum);
+}
+
+// One thread's forward work; its scratch does not depend on the sequence lengths.
+template <class Div, bool kTeacherLse, class T>
+class ForwardWorker {
+ public:
+  explicit ForwardWorker(const ForwardProblem& problem)
+      : p_(problem),
+        scratch_(elements(problem)),
+        sums_(scratch_),
+        rows_(scratch_.take(kPanel<T> * widest(problem))),
+        query_(scratch_.take(kPanel<T> * problem.head_dim)),
+        teacher_query_(scratch_.take(kPanel<T> * problem.teacher_dim)),
+        output_(scratch_.take(kPanel<T> * problem.value_dim)),
+        keys_(scratch_.take(kForwardKeys * widest(problem))),
+        logits_(scratch_.take(kForwardKeys * kPanel<T>)),
+        teacher_logits_(scratch_.take(kForwardKeys * kPanel<T>)),
+        bias_(problem.mask, scratch_, kForwardKeys) {}
+
+  void panel(int64_t b, int64_t h, int64_t first_row) {
+    const int64_t rows = min(p_.query_length - first_row, kPanel<T>);
+    start(b, h, first_row, rows);
+    for (int64_t first = 0; first < p_.key_length; first += kForwardKeys) {
+      const int64_t keys = min(p_.key_length - first, kForwardKeys);
+      if (bias_.read(b, h, first_row, rows, first, keys))
+        key_block(b, h, first, keys, round_up(rows, kLanes<T>) / kLanes<T>);
+    }
+    finish(b, h, first_row, rows);
+  }
+
+ private:
+  static int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+  static int64_t widest(const ForwardProblem& p) {
+    const int64_t widest = p.head_dim > p.value_dim ? p.head_dim : p.value_dim;
+    return widest > p.teacher_dim ? widest : p.teacher_dim;
+  }
+  static int64_t elements(const ForwardProblem& p) {
+    const int64_t panels = widest(p) + p.head_dim + p.teacher_dim + p.value_dim;
+    return RunningSums<T>::kElements + kPanel<T> * (panels + 2 * kForwardKeys) +
+           Scratch<T>::padded(kForwardKeys * widest(p)) +
+           Scratch<T>::padded(Bias<T>::elements(p.mask, kForwardKeys));
+  }
+
+  const T* given_teacher_lse(int64_t b, int64_t h, int64_t first_row) const {
+    const T* lse = static_cast<const T*>(p_.given_teacher_lse);
+    return lse ? lse + (b * p_.heads + h) * p_.query_length + first_row : nullptr;
+  }
+
+  void start(int64_t b, int64_t h, int64_t first_row, int64_t rows) {
+    load_rows(p_.query, b, h, first_row, rows, p_.head_dim, rows_, p_.head_dim);
+    transpose_to_panel(rows_, p_.head_dim, rows, p_.head_dim, T(p_.scale * kLog2e), query_);
+    if constexpr (Div::kTeacher) {
+      load_rows(p_.teacher_query, b, h, first_row, rows, p_.teacher_dim, rows_, p_.teacher_dim);
+      transpose_to_panel(rows_, p_.teacher_dim, rows, p_.teacher_dim, T(p_.teacher_scale * kLog2e),
+                         teacher_query_);
+    }
+    fill(output_, kPanel<T> * p_.value_dim, T(0));
+    sums_.reset(given_teacher_lse(b, h, first_row), rows);
+  }
+
+  void key_block(int64_t b, int64_t h, int64_t first, int64_t keys, int64_t vectors) {
+    constexpr int64_t P = kPanel<T>;
+    load_rows(p_.key, b, h, first, keys, p_.head_dim, keys_, p_.head_dim);
+    gemm<false, false>(keys, vectors, p_.head_dim, Left<T>{keys_, p_.head_dim, 1}, query_, P,
+                       logits_, P);
+    bias_.add_to(logits_, keys, vectors);
+    if constexpr (Div::kTeacher) {
+      load_rows(p_.teacher_key, b, h, first, keys, p_.teacher_dim, keys_, p_.teacher_dim);
+      gemm<false, false>(keys, vectors, p_.teacher_dim, Left<T>{keys_, p_.teacher_dim, 1},
+                         teacher_query_, P, teacher_logits_, P);
+      bias_.add_to(teacher_logits_, keys, vectors);
+    }
+    for (int64_t lane = 0; lane < vectors * kLanes<T>; lane += kLanes<T>)
+      sweep<Div, kTeacherLse>(logits_ + lane, teacher_logits_ + lane, keys, sums_, lane,
+                              output_ + lane, p_.value_dim);
+    if (p_.value_dim == 0) return;
+    load_rows(p_.value, b, h, first, keys, p_.value_dim, keys_, p_.value_dim);
+    gemm<true, true>(p_.value_dim, vectors, keys, Left<T>{keys_, 1, p_.value_dim}, logits_, P,
+                     output_, P);
+  }
+
+  void finish(int64_t b, int64_t h, int64_t first_row, int64_t rows) {
+    const int64_t at = (b * p_.heads + h) * p_.query_length + first_row;
+    T inverse_sum[kPanel<T>];
+    for (int64_t row = 0; row < rows; ++row) {
+      const T sum = sums_.sum[row];
+      const bool sees_no_key = p_.mask && sum == 0;
+      inverse_sum[row] = sees_no_key ? T(0) : 1 / sum;
+      const T lse = sees_no_key ? -static_cast<T>(__builtin_inf()) : sums_.max[row] + log2(sum);
+      static_cast<T*>(p_.lse)[at + row] = T(kLn2) * lse;
+      if constexpr (Div::kTeacher) {
+        T teacher_lse = sums_.teacher_max[row];
+        if constexpr (!kTeacherLse) {
+          teacher_lse = sees_no_key ? lse : teacher_lse + log2(sums_.teacher_sum[row]);
+          static_cast<T*>(p_.teacher_lse)[at + row] = T(kLn2) * teacher_lse;
+        }
+        const T divergence =
+            Div::finish(sums_.weighted[row], sum, sums_.teacher_sum[row], lse, teacher_lse);
+        static_cast<T*>(p_.kl)[at + row] = sees_no_key ? T(0) : T(kLn2) * divergence;
+      }
+    }
+    transpose_from_panel(output_, rows, p_.value_dim, inverse_sum, rows_, p_.value_dim);
+    store_rows(rows_, p_.value_dim, T(1), p_.output, b, h, first_row, rows, p_.value_dim);
+  }
+
+  static float log2(float x) { return __builtin_log2f(x); }
+  static double log2(double x) { return __builtin_log2(x); }
+
+  const ForwardProblem& p_;
+  Scratch<T> scratch_;
+  RunningSums<T> sums_;
+  T *rows_, *query_, *teacher_query_, *output_, *keys_, *logits_, *teacher_logits_;
+  Bias<T> bias_;
+};
+
+template <class Div, bool kTeacherLse, class T>
+void forward_tasks(const ForwardProblem& problem, int64_t begin, int64_t end) {
+  ForwardWorker<Div, kTeacherLse, T> worker(problem);
+  const int64_t panels = (problem.query_length + kPanel<T> - 1) / kPanel<T>;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t head = task / panels;
+    worker.panel(head / problem.heads, head % problem.heads, task % panels * kPanel<T>);
+  }
+}
+
+template <class T>
+void forward(const ForwardProblem& problem, int64_t begin, int64_t end) {
+  const bool given = problem.given_teacher_lse != nullptr;
+  switch (problem.divergence) {
+    case cpu::Divergence::none: return forward_tasks<NoDivergence, true, T>(problem, begin, end);
+    case cpu::Divergence::reverse_kl:
+      return given ? forward_tasks<ReverseKL, true, T>(problem, begin, end)
+                   : forward_tasks<ReverseKL, false, T>(problem, begin, end);
+    case cpu::Divergence::forward_kl:
+      return given ? forward_tasks<ForwardKL, true, T>(problem, begin, end)
+                   : forward_tasks<ForwardKL, false, T>(problem, begin, end);
+  }
+}
+
+}  // namespace attn_kd::ATTN_KD_ISA

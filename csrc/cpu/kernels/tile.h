@@ -1,0 +1,97 @@
+// Moving tiles between tensors and scratch memory.
+#pragma once
+
+#include <cstddef>
+#include <new>
+
+#include "convert.h"
+#include "vec.h"
+
+namespace attn_kd::ATTN_KD_ISA {
+
+using cpu::Input;
+using cpu::kPanel;
+using cpu::Output;
+
+inline int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+// The scratch memory of one thread: carved into cache-line aligned tiles, freed as a whole.
+template <class T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t elements)
+      : data_(static_cast<T*>(::operator new(static_cast<size_t>(elements) * sizeof(T), kAlign))),
+        next_(data_) {}
+  ~Scratch() { ::operator delete(data_, kAlign); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  T* take(int64_t elements) {
+    T* tile = next_;
+    next_ += padded(elements);
+    return tile;
+  }
+  static int64_t padded(int64_t elements) { return round_up(elements, 64 / sizeof(T)); }
+
+ private:
+  static constexpr std::align_val_t kAlign{64};
+  T* data_;
+  T* next_;
+};
+
+// dst[row * ld + column] = x[b, h, first + row, column]; columns up to ld become 0.
+template <class T>
+void load_rows(const Input& x, int64_t b, int64_t h, int64_t first, int64_t rows, int64_t width,
+               T* dst, int64_t ld) {
+  visit_storage(x.dtype, [&](auto storage) {
+    using S = decltype(storage);
+    const S* src = static_cast<const S*>(x.data) + x.offset(b, h, first);
+    for (int64_t row = 0; row < rows; ++row, src += x.row_stride, dst += ld) {
+      for (int64_t column = 0; column < width; ++column)
+        dst[column] = static_cast<T>(widen(src[column]));
+      for (int64_t column = width; column < ld; ++column) dst[column] = 0;
+    }
+  });
+}
+
+// x[b, h, first + row, column] = factor * src[row * ld + column]
+template <class T>
+void store_rows(const T* src, int64_t ld, T factor, const Output& x, int64_t b, int64_t h,
+                int64_t first, int64_t rows, int64_t width) {
+  visit_storage(x.dtype, [&](auto storage) {
+    using S = decltype(storage);
+    S* dst = static_cast<S*>(x.data) + x.offset(b, h, first);
+    for (int64_t row = 0; row < rows; ++row, dst += x.row_stride, src += ld)
+      for (int64_t column = 0; column < width; ++column)
+        dst[column] = convert<S>(factor * src[column]);
+  });
+}
+
+// A panel is the transpose of some rows: panel[column * kPanel + row], one row a SIMD lane. Lanes
+// from `rows` up to the next whole vector become 0, so that what they compute stays finite.
+template <class T>
+void transpose_to_panel(const T* src, int64_t ld, int64_t rows, int64_t width, T factor, T* panel) {
+  const int64_t lanes = round_up(rows, kLanes<T>);
+  for (int64_t column = 0; column < width; ++column, panel += kPanel<T>) {
+    for (int64_t row = 0; row < rows; ++row) panel[row] = factor * src[row * ld + column];
+    for (int64_t row = rows; row < lanes; ++row) panel[row] = 0;
+  }
+}
+
+// dst[row * ld + column] = factor[row] * panel[column * kPanel + row]
+template <class T>
+void transpose_from_panel(const T* panel, int64_t rows, int64_t width, const T* factor, T* dst,
+                          int64_t ld) {
+  for (int64_t row = 0; row < rows; ++row, dst += ld)
+    for (int64_t column = 0; column < width; ++column)
+      dst[column] = factor[row] * panel[column * kPanel<T> + row];
+}
+
+template <class T>
+inline void fill(T* x, int64_t n, T value) {
+  for (int64_t i = 0; i < n; ++i) x[i] = value;
+}
+
+}  // namespace attn_kd::ATTN_KD_ISA

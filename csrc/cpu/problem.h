@@ -1,0 +1,88 @@
+// What a CPU kernel is asked to do: plain data, shared between the host side (which knows torch)
+// and the kernels (which are compiled once per instruction set and know nothing of torch).
+#pragma once
+
+#include <cstdint>
+
+namespace attn_kd::cpu {
+
+enum class DType : int8_t { f32, f64, bf16, f16, boolean };
+
+enum class Divergence : int8_t { none, reverse_kl, forward_kl };
+
+// A [B, H, L, width] tensor with unit last stride, or an absent one (data == nullptr).
+template <class Pointer>
+struct View {
+  Pointer data = nullptr;
+  DType dtype = DType::f32;
+  int64_t batch_stride = 0;
+  int64_t head_stride = 0;
+  int64_t row_stride = 0;
+  int64_t column_stride = 1;  // other than 1 for masks only
+
+  explicit operator bool() const { return data != nullptr; }
+  int64_t offset(int64_t b, int64_t h, int64_t row) const {
+    return b * batch_stride + h * head_stride + row * row_stride;
+  }
+};
+
+using Input = View<const void*>;
+using Output = View<void*>;
+
+// Rows of queries that a kernel works on together, one SIMD lane each: 256 bytes of accumulators,
+// which is four AVX-512 registers.
+inline constexpr int64_t kPanelBytes = 256;
+// Keys whose gradients a backward task accumulates at a time. Keys, teacher keys, values and two
+// gradients of 512 rows of 32 floats are 320 KiB, within one core's L2.
+inline constexpr int64_t kChunkKeys = 512;
+
+template <class T>
+inline constexpr int64_t kPanel = kPanelBytes / static_cast<int64_t>(sizeof(T));
+
+struct Problem {
+  int64_t batch = 0, heads = 0, query_length = 0, key_length = 0;
+  int64_t head_dim = 0, value_dim = 0, teacher_dim = 0;  // D, Dv, Dt
+  double scale = 1, teacher_scale = 1;
+  Divergence divergence = Divergence::none;
+  Input query, key, value;  // [B, H, Lq, D], [B, H, Lk, D], [B, H, Lk, Dv]
+  Input teacher_query,
+      teacher_key;  // [B, H, Lq, Dt], [B, H, Lk, Dt]; absent when divergence == none
+  Input mask;       // [B, H, Lq, Lk], bool or additive
+};
+
+// Per-row values (kl, lse, ...) are contiguous [B, H, Lq] in the accumulation type: double where
+// the inputs are double, else float. Logarithms are natural.
+struct ForwardProblem : Problem {
+  const void* given_teacher_lse = nullptr;
+  Output output;  // [B, H, Lq, Dv]
+  void* kl = nullptr;
+  void* lse = nullptr;
+  void* teacher_lse = nullptr;  // written when not given
+};
+
+struct BackwardProblem : Problem {
+  Input output, grad_output;  // [B, H, Lq, Dv]; absent when no gradient reaches the output
+  const void* kl = nullptr;
+  const void* lse = nullptr;
+  const void* teacher_lse = nullptr;
+  const void* grad_kl = nullptr;   // may be absent
+  const void* grad_lse = nullptr;  // may be absent
+  int64_t key_splits = 1;          // tasks per (batch, head)
+  Output grad_query;               // [key_splits * B, H, Lq, D]: one partial sum per split
+  Output grad_key, grad_value;     // [B, H, Lk, D], [B, H, Lk, Dv]
+};
+
+// The kernels of one instruction set. Tasks [begin, end) are independent of each other:
+// forward: B * H * ceil(Lq / panel), backward: B * H * key_splits.
+struct Kernels {
+  using Forward = void (*)(const ForwardProblem&, int64_t begin, int64_t end);
+  using Backward = void (*)(const BackwardProblem&, int64_t begin, int64_t end);
+  const char* name;
+  Forward forward_f32, forward_f64;
+  Backward backward_f32, backward_f64;
+  // The vector 2^x of the kernels, exposed so that its accuracy can be tested.
+  void (*exp2_f32)(const float* x, float* y, int64_t n);
+  void (*exp2_f64)(const double* x, double* y, int64_t n);
+};
+
+}  // namespace attn_kd::cpu
