@@ -179,11 +179,11 @@ def _paint_septa(
     present = random.chance(settings.distractors / count, count)
     shape = (count, 1, 1)
     angle = random.sign(*shape) * random.uniform(math.radians(8), math.radians(42), *shape)
-    centre_x = random.uniform(0.0, 1.0, *shape)
+    centre_x = random.uniform(0.12, 0.88, *shape)
     centre_z = random.uniform(0.2, 0.85, *shape)
-    half_length = random.uniform(0.08, 0.32, *shape)
+    half_length = random.uniform(0.08, 0.25, *shape)
     bend = random.uniform(-0.35, 0.35, *shape)
-    level = random.uniform(-18.0, -2.0, *shape) + 3.0 * _wave(random, canvas, 2.3, count)
+    level = random.uniform(-20.0, -4.0, *shape) + 3.0 * _wave(random, canvas, 2.3, count)
     width = random.uniform(0.006, 0.010, *shape)
 
     across = canvas.x - centre_x

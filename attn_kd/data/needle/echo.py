@@ -15,7 +15,7 @@ from attn_kd.data.needle.randomness import ClipRandom
 from attn_kd.data.needle.settings import NeedleSettings
 from attn_kd.data.needle.trajectory import Needles
 
-_SPECULAR_LOSS = 16.0  # dB at 45 degrees from perpendicular
+_SPECULAR_LOSS = 13.0  # dB at 45 degrees from perpendicular
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def sample_look(
     return NeedleLook(
         level=level,
         gauge=random.uniform(0.024, 0.042, 1, 1, 1),
-        ringing=decibels(random.uniform(-30.0, -10.0, 1, 1, 1)),
+        ringing=decibels(random.uniform(-26.0, -9.0, 1, 1, 1)),
         ringing_decay=random.uniform(0.03, 0.11, 1, 1, 1),
         shadow=random.uniform(0.25, 0.75, 1, 1, 1),
         tip=random.uniform(0.0, 1.2, 1, 1, 1),

@@ -30,8 +30,8 @@ class NeedleSettings:
     needle_fraction: float = 0.6
     short_fraction: float = 0.25
     short_length: tuple[float, float] = (0.12, 0.24)
-    distractors: float = 1.0
-    needle_level: tuple[float, float] = (-7.0, 4.0)
+    distractors: float = 0.8
+    needle_level: tuple[float, float] = (-3.0, 6.0)
     minimum_thickness: float = 0.07
 
     def __post_init__(self) -> None:
