@@ -18,19 +18,21 @@ from attn_kd.data.needle.anatomy import Canvas, Tissue
 from attn_kd.data.needle.profiles import decibels, ridge
 from attn_kd.data.needle.randomness import ClipRandom
 
+# Standard deviations of the point spread function, as shares of the field of view.
 AXIAL_WIDTH = 0.0058
-_LATERAL_WIDTH = 0.0085
+_LATERAL_WIDTH = 0.0085  # at the focus
 _FOCUS = 0.35
 _RAYLEIGH_RANGE = 0.40
-_ROUGHNESS = 0.5
+_ROUGHNESS = 0.5  # share of a mirror's echo that is speckle
 
 
 @dataclass(frozen=True)
 class Scanner:
-    """Settings of the scanner per clip, all [N, 1, 1] or [N, S, S] for `gain`.
+    """Settings of the scanner per clip.
 
-    gain: level of the signal at each depth after attenuation and time-gain compensation and under
-    poor probe contact, amplitude; noise: amplitude of the electronic noise, grows with depth.
+    gain: amplitude of the signal after attenuation, time-gain compensation and poor probe contact,
+    [N, S, S]; noise: amplitude of the electronic noise, which the compensation lifts with depth,
+    [N, S, 1]; dynamic_range, brightness: of the log compression, dB, [N, 1, 1].
     """
 
     gain: Tensor
@@ -50,14 +52,14 @@ def sample_scanner(random: ClipRandom, size: int) -> Scanner:
     x, z = line.view(1, 1, -1), line.view(1, -1, 1)
     attenuation = random.uniform(18.0, 46.0, 1, 1)
     compensation = attenuation * random.uniform(0.45, 1.0, 1, 1)
-    knee = random.uniform(-3.0, 3.0, 1, 1) * torch.cos(
+    ripple = random.uniform(-3.0, 3.0, 1, 1) * torch.cos(
         2 * math.pi * (z * random.uniform(0.6, 1.6, 1, 1) + random.uniform(0.0, 1.0, 1, 1))
     )
     contact_x = random.uniform(-0.1, 1.1, 1, 1)
     contact_width = random.uniform(0.04, 0.14, 1, 1)
     contact_loss = random.chance(0.3, 1, 1) * random.uniform(4.0, 18.0, 1, 1)
     shadow = contact_loss * ridge((x - contact_x) / contact_width)
-    level = (compensation - attenuation) * z + knee - shadow
+    level = (compensation - attenuation) * z + ripple - shadow
     noise_level = random.uniform(-72.0, -60.0, 1, 1) + compensation * z.square()
     return Scanner(
         gain=decibels(level),
@@ -135,8 +137,8 @@ def _blur_axial(field: Tensor, canvas: Canvas) -> Tensor:
     """Convolve depth with the pulse envelope; power is kept."""
     sigma = AXIAL_WIDTH / canvas.pitch
     reach = math.ceil(3 * sigma)
-    taps = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma).square())
-    taps = (taps / taps.square().sum().sqrt()).tolist()
+    pulse = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma).square())
+    taps: list[float] = (pulse / pulse.square().sum().sqrt()).tolist()
     rows = field.shape[2]
     blurred = field * taps[reach]
     for offset in range(1, reach + 1):
