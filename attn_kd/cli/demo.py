@@ -35,17 +35,17 @@ class Size:
     train_clips: int
     test_clips: int
     teacher_layers: int
-    teacher: dict[str, Any]  # fields of TrainingConfig
+    teacher: dict[str, Any]  # fields of TrainingConfig, where they differ from the recipe
     student: dict[str, Any]
     memory_tokens: int  # at which the attention loss's peak memory is measured
 
 
 FULL = Size(
-    train_clips=3000,
-    test_clips=400,
+    train_clips=4000,
+    test_clips=500,
     teacher_layers=6,
-    teacher={"max_steps": 1200, "pretrain_backbone_steps": 300},
-    student={"max_steps": 800},
+    teacher={"pretrain_backbone_steps": 2000, "max_steps": 1000},
+    student={"max_steps": 1000, "freeze_backbone": True, "cache_features": True, "cache_views": 2},
     memory_tokens=4200,  # one image in DETR-DC5
 )
 QUICK = Size(
@@ -53,7 +53,13 @@ QUICK = Size(
     test_clips=24,
     teacher_layers=2,
     teacher={"max_steps": 12, "pretrain_backbone_steps": 6, "log_steps": 1},
-    student={"max_steps": 12, "log_steps": 1},
+    student={
+        "max_steps": 12,
+        "log_steps": 1,
+        "freeze_backbone": True,
+        "cache_features": True,
+        "cache_views": 1,
+    },
     memory_tokens=1024,
 )
 
@@ -116,14 +122,17 @@ def _configs(size: Size, seed: int) -> tuple[TrainingConfig, TrainingConfig]:
     """How teacher and distilled student are trained."""
     from attn_kd.training import TrainingConfig
 
-    layers = size.teacher_layers
-    teacher = TrainingConfig(
-        encoder_layers=layers, decoder_layers=layers, seed=seed, **size.teacher
-    )
-    student = TrainingConfig(
-        encoder_layers=1, decoder_layers=1, alpha=0.7, seed=seed, **size.student
-    )
-    return teacher, student
+    def config(layers: int, fields: dict[str, Any]) -> TrainingConfig:
+        return TrainingConfig.for_preset(
+            "detr-tiny",
+            encoder_layers=layers,
+            decoder_layers=layers,
+            num_queries=1,  # at most one needle in a frame; so did Rubin et al. 2021
+            seed=seed,
+            **fields,
+        )
+
+    return config(size.teacher_layers, size.teacher), config(1, {**size.student, "alpha": 0.7})
 
 
 def _simulate(size: Size, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
