@@ -39,7 +39,7 @@ def save_detector(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as name, _quiet():
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as name, quiet_transformers():
         staging = Path(name)
         model.save_pretrained(staging)
         processor.save_pretrained(staging)
@@ -60,7 +60,7 @@ def load_detector(
     """
     folder = Path(folder)
     _require_detr(folder)
-    with _quiet():
+    with quiet_transformers():
         try:
             model, report = DetrForObjectDetection.from_pretrained(
                 folder, local_files_only=True, output_loading_info=True
@@ -98,7 +98,7 @@ def _require_detr(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Without transformers' progress bars and reports: what is wrong becomes an error here."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
