@@ -7,12 +7,13 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import matplotlib
 import numpy as np
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 # matplotlib draws in these stand-ins, which become the page's variables in the finished SVG.
 _VARIABLES = {
@@ -81,10 +82,6 @@ def draw_curves(
         value_label: what the vertical axis shows, with its unit.
         logarithmic: whether the vertical axis is, if the values span enough for it to show more.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullLocator
-
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": title}):
         figure = Figure(figsize=(6.0, 3.5), layout="constrained")
         axes = figure.subplots()

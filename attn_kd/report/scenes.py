@@ -8,6 +8,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import matplotlib
 import numpy as np
 import PIL.Image
 from torch import Tensor
@@ -88,8 +89,6 @@ def _image(
 
 def _heat(weights: Tensor, highest: float) -> PIL.Image.Image:
     """Weights as colours; weak ones let the frame shine through."""
-    import matplotlib
-
     share = (weights / highest).clamp(0, 1).numpy()
     rgba = matplotlib.colormaps["inferno"](share)
     rgba[..., 3] = 0.55 + 0.4 * share

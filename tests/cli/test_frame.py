@@ -90,15 +90,24 @@ def test_module_runs_as_program():
     assert done.stdout.startswith("attn-kd ")
 
 
-def test_missing_package_is_one_line_that_names_the_extra(tmp_path):
+@pytest.mark.parametrize(
+    ("package", "extra", "arguments"),
+    [
+        ("transformers", "detr", ["predict", "{folder}", "--model", "x", "--out", "{folder}/out"]),
+        ("matplotlib", "report", ["demo", "--quick", "--out", "{folder}/out"]),
+    ],
+)
+def test_missing_package_is_one_line_that_names_the_extra(package, extra, arguments, tmp_path):
+    pytest.importorskip("transformers")
+    arguments = [argument.format(folder=tmp_path) for argument in arguments]
     program = (
-        "import sys; sys.modules['transformers'] = None\n"
+        f"import sys; sys.modules[{package!r}] = None\n"  # as if it were not installed
         "from attn_kd.cli import main\n"
-        f"sys.exit(main(['predict', {str(tmp_path)!r}, '--model', 'x', '--out', 'y']))"
+        f"sys.exit(main({arguments!r}))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 2
-    assert "pip install 'attn_kd[detr]'" in only_line(done.stderr)
+    assert f"pip install 'attn_kd[{extra}]'" in only_line(done.stderr)
 
 
 def test_closed_pipe_is_no_error():
