@@ -57,8 +57,8 @@ def _page(results: Results, samples: Sequence[Sample], detectors: dict[str, Dete
         ),
         _section(
             "Detections",
-            "<p>Frames drawn at random from the evaluated ones. Dashed green: the label; solid: "
-            "detections with a score of at least 0.5.</p>",
+            "<p>Frames drawn at random from the evaluated ones, as many of each kind as can be. "
+            "Dashed green: the label; solid: detections with a score of at least 0.5.</p>",
             detection_gallery(samples, detectors, results),
         ),
         _memory(results.memory),
@@ -153,9 +153,11 @@ def _memory(memory: AttentionMemory | None) -> str:
             ("eager", memory.eager_bytes, "baseline"),
         )
     )
+    sentence = memory_sentence(memory)
+    sentence = sentence[0].upper() + sentence[1:]
     return _section(
         "Peak memory of the attention loss",
-        f'<div class="bar">{rows}</div><p>{html.escape(memory_sentence(memory))}.</p>'
+        f'<div class="bar">{rows}</div><p>{html.escape(sentence)}.</p>'
         f'<p class="note">Growth of the resident set in a process of its own. One float32 map of '
         f"that size takes {write_bytes(memory.map_bytes)}.</p>",
     )
