@@ -33,10 +33,15 @@ class EpochAnnouncer(TrainerCallback):
 
 
 class HistoryWriter(TrainerCallback):
-    """Writes ``history.json`` with every checkpoint and at the end."""
+    """Writes ``history.json`` with every checkpoint and at the end; has the last step logged."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+        return control
 
     def on_save(self, args, state, control, **kwargs):
         if state.is_world_process_zero:

@@ -13,6 +13,7 @@ from typing import Any
 
 from attn_kd._atomic import replacing_file
 from attn_kd.errors import InputError
+from attn_kd.training.recipes import RECIPES
 
 SCHEDULES = ("constant", "linear", "cosine")
 MIXED_PRECISIONS = ("none", "bf16", "bf16-backbone")
@@ -92,6 +93,15 @@ class TrainingConfig:
                 "cache_features is True but freeze_backbone is False; "
                 "features can be cached only while the backbone does not learn"
             )
+
+    @classmethod
+    def for_preset(cls, preset: str = "detr-tiny", **values: Any) -> TrainingConfig:
+        """The recipe of a preset with some fields changed.
+
+        Raises:
+            InputError: a name is no field (the nearest is suggested), or a value is refused.
+        """
+        return cls.from_dict({"preset": preset, **RECIPES.get(preset, {}), **values})
 
     @property
     def backbone_rate(self) -> float:

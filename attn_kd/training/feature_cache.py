@@ -213,5 +213,6 @@ def _view(model: nn.Module, batch: dict[str, Any]) -> View:
     features, mask = model.model.backbone(
         batch["pixel_values"].to(device), batch["pixel_mask"].to(device)
     )[-1]
-    labels = {n: t for n, t in batch["labels"][0].items() if isinstance(t, torch.Tensor)}
+    # Cloned: the labels of several views may share the data set's memory.
+    labels = {n: t.clone() for n, t in batch["labels"][0].items() if isinstance(t, torch.Tensor)}
     return {"features": features[0].cpu(), "mask": mask[0].cpu(), **labels}

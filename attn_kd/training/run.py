@@ -185,6 +185,7 @@ class _Run:
             if config.amp == "bf16-backbone":
                 stack.enter_context(bf16_backbone(*models))
             if checkpoint is not None:
+                # The trainer does that too, but after the features have been cached.
                 model.load_state_dict(load_detector(checkpoint)[0].state_dict())
             elif config.pretrain_backbone_steps and not self._starts_from_teacher:
                 self._pretrain(model, image_source(data.train, processor, config))

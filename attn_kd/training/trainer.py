@@ -8,6 +8,7 @@ own, and checkpoints that appear whole or not at all and record which teacher th
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
@@ -20,10 +21,11 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
-from transformers.utils import logging as hf_logging
 
 from attn_kd.distill import AttentionDistiller, distillation_loss
 from attn_kd.errors import InputError
+from attn_kd.models import load_detector
+from attn_kd.models.checkpoint import quiet_transformers
 
 #: The file in every checkpoint that says which run, and which teacher, it belongs to.
 RECORD_NAME = "attn_kd.json"
@@ -86,9 +88,13 @@ class DistillationTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any):
         """As :meth:`transformers.Trainer.train`; both models are left as they were, but trained."""
-        if self.teacher is None:
-            return super().train(*args, **kwargs)
-        with AttentionDistiller(self.teacher, self.model, layers=self.layers) as self._distiller:
+        with contextlib.ExitStack() as stack:
+            # Its bars and warnings of settings that may well differ break up the progress bar.
+            stack.enter_context(quiet_transformers())
+            if self.teacher is not None:
+                self._distiller = stack.enter_context(
+                    AttentionDistiller(self.teacher, self.model, layers=self.layers)
+                )
             return super().train(*args, **kwargs)
 
     def compute_loss(
@@ -220,18 +226,20 @@ class DistillationTrainer(Trainer):
             shutil.rmtree(final, ignore_errors=True)
             saved.rename(final)
             self._staging.rmdir()
-            rotate_checkpoints(str(run_folder), self.args.save_total_limit, use_mtime=True)
+            rotate_checkpoints(str(run_folder), self.args.save_total_limit)
         self._staging = None
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """As in the base class, but for its progress bar, which breaks up the training's."""
-        shown = hf_logging.is_progress_bar_enabled()
-        hf_logging.disable_progress_bar()
-        try:
-            super()._save(output_dir, state_dict)
-        finally:
-            if shown:
-                hf_logging.enable_progress_bar()
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        """Load the weights of a checkpoint.
+
+        ``save_pretrained`` gives DETR's tensors the names of the original DETR. ``from_pretrained``
+        takes them back; resuming in transformers 5.23 does not, and leaves those tensors as they
+        are with a warning.
+        """
+        saved, _ = load_detector(resume_from_checkpoint)
+        self.model.load_state_dict(saved.state_dict())
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging or self.args.output_dir)

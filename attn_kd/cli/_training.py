@@ -1,0 +1,157 @@
+"""Arguments that ``train`` and ``distill`` share, and the configuration they make."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from attn_kd.cli._arguments import (
+    add_data_argument,
+    add_device_argument,
+    add_output_argument,
+    output_folder,
+    positive_float,
+    positive_int,
+    resolve_device,
+    whole_number,
+)
+from attn_kd.training.config import MIXED_PRECISIONS, SCHEDULES, TrainingConfig, read_json
+from attn_kd.training.records import RECORD_FILE, RunRecord
+
+if TYPE_CHECKING:
+    from attn_kd.training import TrainingRun
+
+
+class Option(NamedTuple):
+    """An argument that sets a field of :class:`~attn_kd.training.TrainingConfig`."""
+
+    flag: str
+    field: str
+    help: str
+    type: Callable[[str], Any] | None = None  # None: a switch
+    choices: tuple[str, ...] | None = None
+    value: bool = True  # that a switch sets
+
+
+MODEL_OPTIONS = (
+    Option("--encoder-layers", "encoder_layers", "encoder layers", positive_int),
+    Option("--decoder-layers", "decoder_layers", "decoder layers", positive_int),
+    Option("--num-queries", "num_queries", "object queries: most objects found", positive_int),
+)
+LENGTH_OPTIONS = (
+    Option("--epochs", "epochs", "passes over the training split", positive_int),
+    Option("--steps", "max_steps", "optimiser steps; overrides --epochs", positive_int),
+    Option("--batch-size", "batch_size", "images a step", positive_int),
+    Option("--no-augment", "augment", "train on the images as they are", value=False),
+)
+OPTIMISER_OPTIONS = (
+    Option("--lr", "learning_rate", "learning rate", positive_float),
+    Option("--backbone-lr", "backbone_learning_rate", "the backbone's, if another", positive_float),
+    Option("--schedule", "schedule", "of the learning rate", str, SCHEDULES),
+    Option("--amp", "amp", "mixed precision", str, MIXED_PRECISIONS),
+)
+BACKBONE_OPTIONS = (
+    Option("--freeze-backbone", "freeze_backbone", "train the transformer alone"),
+    Option("--cache-features", "cache_features", "compute a frozen backbone's features once"),
+    Option("--cache-views", "cache_views", "views of an image in that cache", positive_int),
+)
+RUN_OPTIONS = (
+    Option("--eval-steps", "eval_steps", "steps between COCO metrics on val", positive_int),
+    Option("--save-steps", "save_steps", "steps between checkpoints", positive_int),
+    Option("--log-steps", "log_steps", "steps between entries of history.json", positive_int),
+    Option("--workers", "num_workers", "processes that load images", whole_number),
+    Option("--tensorboard", "tensorboard", "write curves for TensorBoard to OUT/tensorboard"),
+)
+
+
+def add_training_arguments(parser: argparse.ArgumentParser, what: str) -> None:
+    """Everything but what the model is and what it learns from."""
+    add_data_argument(parser)
+    add_output_argument(parser, f"the {what}, its settings and its history")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="JSON of settings, by the names in training.json; arguments override them",
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted training")
+    parser.add_argument("--overwrite", action="store_true", help="replace a training in --out")
+    parser.add_argument(
+        "--feature-dir",
+        type=Path,
+        metavar="DIR",
+        help="keep cached features there for further runs (default: in memory)",
+    )
+    add_device_argument(parser)
+    add_options(parser, "length", LENGTH_OPTIONS)
+    add_options(parser, "optimiser", OPTIMISER_OPTIONS)
+    add_options(parser, "backbone", BACKBONE_OPTIONS)
+    add_options(parser, "run", RUN_OPTIONS)
+
+
+def add_options(parser: argparse.ArgumentParser, title: str, options: tuple[Option, ...]) -> None:
+    """Add arguments whose absence leaves a field to what the recipe or the default says."""
+    group = parser.add_argument_group(title)
+    for option in options:
+        how: dict[str, Any] = {"dest": option.field, "default": None, "help": option.help}
+        if option.type is None:
+            how |= {"action": "store_const", "const": option.value}
+        elif option.choices is not None:
+            how |= {"choices": option.choices}
+        else:
+            how |= {"type": option.type, "metavar": "X" if "float" in str(option.type) else "N"}
+        group.add_argument(option.flag, **how)
+
+
+def configuration(args: argparse.Namespace, **known: Any) -> TrainingConfig:
+    """The configuration of a command line.
+
+    A field is what an argument says; else what ``--config`` says; else ``known``; else what the
+    preset's recipe says. The seed is that of the command. A training that is resumed has the
+    settings it was begun with; an argument that says otherwise is refused later, by name.
+
+    Raises:
+        InputError: a value is refused, or a file that is read.
+    """
+    base = {"seed": args.seed, **known}
+    if args.resume:
+        base = RunRecord.load(args.out / RECORD_FILE).config.to_dict()
+    from_file = {} if args.config is None else read_json(args.config, dict)
+    fields = vars(TrainingConfig()).keys() - {"seed"}
+    given = {n: v for n, v in vars(args).items() if n in fields and v is not None}
+    return TrainingConfig.for_preset(**{**base, **from_file, **given})
+
+
+def run_options(args: argparse.Namespace, title: str) -> dict[str, Any]:
+    """How the training is run: the fields of :class:`~attn_kd.training.RunOptions`."""
+    if not args.resume:
+        output_folder(args.out)
+    return {
+        "resume": args.resume,
+        "overwrite": args.overwrite,
+        "device": None if args.device is None else resolve_device(args.device),
+        "feature_folder": args.feature_dir,
+        "progress": not args.quiet,
+        "title": title,
+    }
+
+
+def finish(train: Callable[[], TrainingRun]) -> int:
+    """Run a training to its end and say how it went."""
+    from attn_kd.training import TrainingInterrupted
+
+    try:
+        run = train()
+    except TrainingInterrupted:
+        print("\ncheckpoint written; --resume goes on from there", file=sys.stderr)
+        raise
+    last = next((entry for entry in reversed(run.history) if "loss" in entry), None)
+    losses = "" if last is None else f", loss {last['loss']:.4g}"
+    if last is not None and "attention_kl" in last:
+        losses += f", attention KL {last['attention_kl']:.4g}"
+    steps = "" if last is None else f"{last['step']} steps in "
+    print(f"{steps}{run.seconds:.0f} s{losses}; wrote {run.folder}")
+    return 0

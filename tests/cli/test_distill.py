@@ -1,0 +1,82 @@
+"""attn-kd distill, from a teacher and a data folder to a student."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+pytest.importorskip("transformers")
+
+from attn_kd.cli import main
+from attn_kd.models import load_detector
+from tests.tiny_data import write_tiny_data
+
+SHORT = ["--steps", "2", "--batch-size", "4", "--log-steps", "1", "--device", "cpu", "-q"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return str(write_tiny_data(tmp_path_factory.mktemp("data") / "data"))
+
+
+@pytest.fixture(scope="module")
+def teacher(data, tmp_path_factory):
+    out = str(tmp_path_factory.mktemp("teacher") / "teacher")
+    layers = ["--encoder-layers", "2", "--decoder-layers", "2", "--num-queries", "3"]
+    size = ["--image-size", "64", "--pretrain-steps", "0"]
+    assert main(["train", "--data", data, "--out", out, *layers, *size, *SHORT]) == 0
+    return out
+
+
+def distill(teacher, data, out, *more):
+    return main(["distill", "--teacher", teacher, "--data", data, "--out", str(out), *SHORT, *more])
+
+
+def test_student_is_shallow_and_otherwise_like_its_teacher(teacher, data, tmp_path, capsys):
+    assert distill(teacher, data, tmp_path / "out") == 0
+    assert "attention KL" in capsys.readouterr().out
+    model, processor = load_detector(tmp_path / "out")
+    assert (model.config.encoder_layers, model.config.decoder_layers) == (1, 1)
+    assert model.config.num_queries == 3
+    assert dict(processor.size) == {"height": 64, "width": 64}
+
+
+def test_layers_and_alpha_are_arguments(teacher, data, tmp_path):
+    options = ["--encoder-layers", "2", "--decoder-layers", "1", "--alpha", "0.25"]
+    assert distill(teacher, data, tmp_path / "out", *options) == 0
+    assert load_detector(tmp_path / "out")[0].config.encoder_layers == 2
+    entry = json.loads((tmp_path / "out" / "history.json").read_text())[0]
+    mixed = 0.75 * entry["detection_loss"] + 0.25 * entry["attention_kl"]
+    assert entry["loss"] == pytest.approx(mixed, rel=1e-5)
+
+
+def test_features_are_cached_in_a_folder_that_serves_the_next_run(teacher, data, tmp_path):
+    options = ["--freeze-backbone", "--cache-features", "--feature-dir", str(tmp_path / "features")]
+    assert distill(teacher, data, tmp_path / "distilled", *options) == 0
+    files = sorted((tmp_path / "features").rglob("*.safetensors"))
+    times = [file.stat().st_mtime_ns for file in files]
+    assert len(files) == 12  # one per training picture
+    assert distill(teacher, data, tmp_path / "baseline", *options, "--alpha", "0") == 0
+    assert sorted((tmp_path / "features").rglob("*.safetensors")) == files
+    assert [file.stat().st_mtime_ns for file in files] == times
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--teacher is missing"),
+        (["--teacher", "nowhere"], "nowhere is not a model folder"),
+        (["--alpha", "1.5"], "expected a number from 0 to 1"),
+    ],
+    ids=["no teacher", "no such teacher", "alpha"],
+)
+def test_bad_input_is_one_line(data, tmp_path, capsys, arguments, message):
+    out = str(tmp_path / "out")
+    try:
+        code = main(["distill", "--data", data, "--out", out, *SHORT, *arguments])
+    except SystemExit as stop:  # refused by the parser
+        code = stop.code
+    assert code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
