@@ -9,6 +9,7 @@ space included, and one way cannot profit from memory that the other has left be
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from attn_kd.ops.backends import select_backend
 
 WAYS = ("fused", "eager")
 _STATUS = Path("/proc/self/status")
+_MEMORY = Path("/proc/meminfo")
+_EAGER_MAPS = 8  # float32 maps that eager code holds at its peak, and some room
 
 
 @dataclass(frozen=True)
@@ -46,10 +49,13 @@ def measure_attention_memory(
 ) -> AttentionMemory | None:
     """Measure both ways; ``None`` where the system does not tell a process's peak memory.
 
-    The default sizes are those of one image in DETR-DC5: 8 heads over 4200 tokens.
+    The default sizes are those of one image in DETR-DC5: 8 heads over 4200 tokens. There are fewer
+    tokens where eager code would need more memory than is free.
     """
     if not _STATUS.exists():
         return None
+    affordable = math.isqrt(_proc_bytes(_MEMORY, "MemAvailable") // (4 * heads * _EAGER_MAPS))
+    tokens = min(tokens, affordable)
     peaks = {way: _measure_in_subprocess(way, tokens, heads, head_dim) for way in WAYS}
     backend = select_backend(None, torch.device("cpu"), (head_dim,))
     return AttentionMemory(tokens, heads, head_dim, backend, peaks["fused"], peaks["eager"])
@@ -67,9 +73,9 @@ def _growth_of_peak(way: str, tokens: int, heads: int, head_dim: int) -> int:
     loss = {"fused": _fused_loss, "eager": _eager_loss}[way]
     loss(*_inputs(tokens=8, heads=heads, head_dim=head_dim)).backward()  # loads what is lazy
     inputs = _inputs(tokens, heads, head_dim)
-    before = _status_bytes("VmRSS")
+    before = _proc_bytes(_STATUS, "VmRSS")
     loss(*inputs).backward()
-    return _status_bytes("VmHWM") - before
+    return _proc_bytes(_STATUS, "VmHWM") - before
 
 
 def _inputs(tokens: int, heads: int, head_dim: int) -> list[Tensor]:
@@ -101,13 +107,13 @@ def _eager_loss(
     return (attention @ value).sum() + divergence.mean()
 
 
-def _status_bytes(field: str) -> int:
+def _proc_bytes(file: Path, field: str) -> int:
     # Not getrusage: on Linux its maximum is inherited from the parent across fork and exec.
-    for line in _STATUS.read_text().splitlines():
+    for line in file.read_text().splitlines():
         name, _, value = line.partition(":")
         if name == field:
             return 1024 * int(value.split()[0])
-    raise RuntimeError(f"{_STATUS} has no field {field}")
+    raise RuntimeError(f"{file} has no field {field}")
 
 
 if __name__ == "__main__":
