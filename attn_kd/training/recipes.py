@@ -10,7 +10,8 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
     # From scratch on a CPU in minutes. Gradient norms are far above 0.1 throughout, so clipping
     # sets the length of every step and the learning rate can be five times DETR's.
     "detr-tiny": {
-        "pretrain_backbone_steps": 400,
+        "pretrain_backbone_steps": 600,
+        "pretrain_learning_rate": 2e-3,
         "learning_rate": 5e-4,
         "amp": "bf16-backbone",
     },
