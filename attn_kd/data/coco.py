@@ -163,6 +163,10 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _is_key(value: Any, table: Mapping[Any, Any]) -> bool:
+    return isinstance(value, int | str) and value in table
+
+
 class _Boxes:
     """Collects the annotations of each image and checks them on the way."""
 
@@ -178,9 +182,9 @@ class _Boxes:
         for number, row in _unique(self._file, "annotation", rows).items():
             where = f"{self._file}: annotation {number!r}"
             image_id, category = row.get("image_id"), row.get("category_id")
-            if image_id not in self._images:
+            if not _is_key(image_id, self._images):
                 raise InputError(f"{where} belongs to image {image_id!r}, which is not listed")
-            if category not in self._labels:
+            if not _is_key(category, self._labels):
                 known = ", ".join(str(key) for key in self._labels)
                 raise InputError(f"{where} has category {category!r}; expected one of {known}")
             box = _corners(where, row.get("bbox"))
