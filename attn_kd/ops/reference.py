@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-# Elements of one [B, H, block, Lk] score tile; 4 Mi floats are 16 MiB.
-_BLOCK_ELEMENTS = 4 * 1024 * 1024
+# Elements of one [B, H, block, Lk] score tile. 36 MiB of floats is past the size (32 MiB) up to which
+# glibc may keep freed memory in its heap: smaller tiles are faster, but fragment it into gigabytes.
+_BLOCK_ELEMENTS = 9 * 1024 * 1024
 
 
 def attention_kl_reference(

@@ -179,8 +179,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_kl_forward(
   const bool in_double = row_options.dtype() == at::kDouble;
   const int64_t panel = in_double ? kPanel<double> : kPanel<float>;
   const int64_t panels = (p.query_length + panel - 1) / panel;
+  // Four tasks a thread at least, before panels are taken together.
+  p.panels_per_task = std::clamp<int64_t>(p.batch * p.heads * panels / (4 * at::get_num_threads()),
+                                          1, std::min(panels, kMaxPanelsPerTask));
+  const int64_t tasks_per_head = (panels + p.panels_per_task - 1) / p.panels_per_task;
   const Kernels& kernels = active_kernels();
-  run(kernels.forward_f32, kernels.forward_f64, p, in_double, p.batch * p.heads * panels);
+  run(kernels.forward_f32, kernels.forward_f64, p, in_double, p.batch * p.heads * tasks_per_head);
   return {out, kl, lse, own_teacher_lse};
 }
 

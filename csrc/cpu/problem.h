@@ -32,6 +32,9 @@ using Output = View<void*>;
 // Rows of queries that a kernel works on together, one SIMD lane each: 256 bytes of accumulators,
 // which is four AVX-512 registers.
 inline constexpr int64_t kPanelBytes = 256;
+// Panels that a forward task takes through the keys together, so that a tile of keys, teacher keys
+// and values, once read from the outer caches, serves them all.
+inline constexpr int64_t kMaxPanelsPerTask = 4;
 // Keys whose gradients a backward task accumulates at a time. Keys, teacher keys, values and two
 // gradients of 512 rows of 32 floats are 320 KiB, within one core's L2.
 inline constexpr int64_t kChunkKeys = 512;
@@ -53,6 +56,7 @@ struct Problem {
 // Per-row values (kl, lse, ...) are contiguous [B, H, Lq] in the accumulation type: double where
 // the inputs are double, else float. Logarithms are natural.
 struct ForwardProblem : Problem {
+  int64_t panels_per_task = 1;  // at most kMaxPanelsPerTask
   const void* given_teacher_lse = nullptr;
   Output output;  // [B, H, Lq, Dv]
   void* kl = nullptr;
@@ -73,7 +77,7 @@ struct BackwardProblem : Problem {
 };
 
 // The kernels of one instruction set. Tasks [begin, end) are independent of each other:
-// forward: B * H * ceil(Lq / panel), backward: B * H * key_splits.
+// forward: B * H * ceil(Lq / (panel * panels_per_task)), backward: B * H * key_splits.
 struct Kernels {
   using Forward = void (*)(const ForwardProblem&, int64_t begin, int64_t end);
   using Backward = void (*)(const BackwardProblem&, int64_t begin, int64_t end);

@@ -49,15 +49,15 @@ template <class T>
 inline vec<T> exp2(vec<T> x) {
   using C = Exp2Constants<T>;
 #if defined(__AVX512F__)
-  // vscalef handles underflow and NaN; the lower bound keeps -inf - (-inf) out of the fraction.
-  x = max_or_second<T>(broadcast(T(4) * C::kLowest), x);
+  // vreduce leaves x - round(x), and 0 for an infinite x; vscalef handles underflow and NaN.
   if constexpr (std::is_same_v<T, float>) {
-    const __m512 n = _mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    return (vec<T>)_mm512_scalef_ps((__m512)exp2_fraction<T>(x - (vec<T>)n), n);
+    const __m512 fraction = _mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+    const __m512 n = _mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+    return (vec<T>)_mm512_scalef_ps((__m512)exp2_fraction<T>((vec<T>)fraction), n);
   } else {
-    const __m512d n =
-        _mm512_roundscale_pd((__m512d)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    return (vec<T>)_mm512_scalef_pd((__m512d)exp2_fraction<T>(x - (vec<T>)n), n);
+    const __m512d fraction = _mm512_reduce_pd((__m512d)x, _MM_FROUND_TO_NEAREST_INT);
+    const __m512d n = _mm512_roundscale_pd((__m512d)x, _MM_FROUND_TO_NEAREST_INT);
+    return (vec<T>)_mm512_scalef_pd((__m512d)exp2_fraction<T>((vec<T>)fraction), n);
   }
 #else
   // 2^n is built in the exponent field; results below the smallest normal number become 0.

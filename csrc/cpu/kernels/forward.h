@@ -16,8 +16,8 @@ namespace attn_kd::ATTN_KD_ISA {
 using cpu::ForwardProblem;
 
 // Keys of a forward tile: a multiple of the micro-kernel's 6 rows; two tiles of 48 keys by 64
-// floats are 24 KiB.
-inline constexpr int64_t kForwardKeys = 48;
+// floats are 48 KiB.
+inline constexpr int64_t kForwardKeys = 96;
 
 // The running sums of a panel, base 2, one lane a query row.
 template <class T>
@@ -111,6 +111,26 @@ inline void sweep(T* logits, const T* teacher, int64_t keys, const RunningSums<T
   if constexpr (kTeacherSum) store<T>(sums.teacher_sum + lane, teacher_sum);
 }
 
+// Query rows on their way through the keys, one SIMD lane a row.
+template <class T>
+struct QueryPanel {
+  T* query;          // [D, kPanel], scaled to base-2 logits
+  T* teacher_query;  // [Dt, kPanel], likewise
+  T* output;         // [Dv, kPanel], not yet divided by the sum of probabilities
+  RunningSums<T> sums;
+  int64_t first_row = 0, rows = 0;
+
+  QueryPanel(const ForwardProblem& p, Scratch<T>& scratch)
+      : query(scratch.take(kPanel<T> * p.head_dim)),
+        teacher_query(scratch.take(kPanel<T> * p.teacher_dim)),
+        output(scratch.take(kPanel<T> * p.value_dim)),
+        sums(scratch) {}
+  static int64_t elements(const ForwardProblem& p) {
+    return kPanel<T> * (p.head_dim + p.teacher_dim + p.value_dim) + RunningSums<T>::kElements;
+  }
+  int64_t vectors() const { return round_up(rows, kLanes<T>) / kLanes<T>; }
+};
+
 // One thread's forward work; its scratch does not depend on the sequence lengths.
 template <class Div, bool kTeacherLse, class T>
 class ForwardWorker {
@@ -118,37 +138,44 @@ class ForwardWorker {
   explicit ForwardWorker(const ForwardProblem& problem)
       : p_(problem),
         scratch_(elements(problem)),
-        sums_(scratch_),
-        rows_(scratch_.take(kPanel<T> * widest(problem))),
-        query_(scratch_.take(kPanel<T> * problem.head_dim)),
-        teacher_query_(scratch_.take(kPanel<T> * problem.teacher_dim)),
-        output_(scratch_.take(kPanel<T> * problem.value_dim)),
-        keys_(scratch_.take(kForwardKeys * widest(problem))),
-        logits_(scratch_.take(kForwardKeys * kPanel<T>)),
-        teacher_logits_(scratch_.take(kForwardKeys * kPanel<T>)),
+        panels_{{problem, scratch_}, {problem, scratch_}, {problem, scratch_}, {problem, scratch_}},
+        rows_(scratch_.take(P * widest(problem))),
+        key_(scratch_.take(kForwardKeys * problem.head_dim)),
+        teacher_key_(scratch_.take(kForwardKeys * problem.teacher_dim)),
+        value_(scratch_.take(kForwardKeys * problem.value_dim)),
+        logits_(scratch_.take(kForwardKeys * P)),
+        teacher_logits_(scratch_.take(kForwardKeys * P)),
         bias_(problem.mask, scratch_, kForwardKeys) {}
 
-  void panel(int64_t b, int64_t h, int64_t first_row) {
-    const int64_t rows = min(p_.query_length - first_row, kPanel<T>);
-    start(b, h, first_row, rows);
+  void rows(int64_t b, int64_t h, int64_t first_row) {
+    int64_t panels = 0;
+    for (; panels < p_.panels_per_task && first_row < p_.query_length; ++panels, first_row += P)
+      start(panels_[panels], b, h, first_row);
     for (int64_t first = 0; first < p_.key_length; first += kForwardKeys) {
       const int64_t keys = min(p_.key_length - first, kForwardKeys);
-      if (bias_.read(b, h, first_row, rows, first, keys))
-        key_block(b, h, first, keys, round_up(rows, kLanes<T>) / kLanes<T>);
+      load_rows(p_.key, b, h, first, keys, p_.head_dim, key_, p_.head_dim);
+      if constexpr (Div::kTeacher)
+        load_rows(p_.teacher_key, b, h, first, keys, p_.teacher_dim, teacher_key_, p_.teacher_dim);
+      load_rows(p_.value, b, h, first, keys, p_.value_dim, value_, p_.value_dim);
+      for (int64_t i = 0; i < panels; ++i)
+        if (bias_.read(b, h, panels_[i].first_row, panels_[i].rows, first, keys))
+          tile(panels_[i], keys);
     }
-    finish(b, h, first_row, rows);
+    for (int64_t i = 0; i < panels; ++i) finish(panels_[i], b, h);
   }
 
  private:
+  static constexpr int64_t P = kPanel<T>;
+  static_assert(cpu::kMaxPanelsPerTask == 4, "panels_ is initialised by hand");
   static int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
   static int64_t widest(const ForwardProblem& p) {
     const int64_t widest = p.head_dim > p.value_dim ? p.head_dim : p.value_dim;
     return widest > p.teacher_dim ? widest : p.teacher_dim;
   }
   static int64_t elements(const ForwardProblem& p) {
-    const int64_t panels = widest(p) + p.head_dim + p.teacher_dim + p.value_dim;
-    return RunningSums<T>::kElements + kPanel<T> * (panels + 2 * kForwardKeys) +
-           Scratch<T>::padded(kForwardKeys * widest(p)) +
+    return cpu::kMaxPanelsPerTask * QueryPanel<T>::elements(p) +
+           P * (widest(p) + 2 * kForwardKeys) +
+           kForwardKeys * (p.head_dim + p.teacher_dim + p.value_dim) +
            Scratch<T>::padded(Bias<T>::elements(p.mask, kForwardKeys));
   }
 
@@ -157,61 +184,62 @@ class ForwardWorker {
     return lse ? lse + (b * p_.heads + h) * p_.query_length + first_row : nullptr;
   }
 
-  void start(int64_t b, int64_t h, int64_t first_row, int64_t rows) {
+  void start(QueryPanel<T>& panel, int64_t b, int64_t h, int64_t first_row) {
+    const int64_t rows = min(p_.query_length - first_row, P);
+    panel.first_row = first_row;
+    panel.rows = rows;
     load_rows(p_.query, b, h, first_row, rows, p_.head_dim, rows_, p_.head_dim);
-    transpose_to_panel(rows_, p_.head_dim, rows, p_.head_dim, T(p_.scale * kLog2e), query_);
+    transpose_to_panel(rows_, p_.head_dim, rows, p_.head_dim, T(p_.scale * kLog2e), panel.query);
     if constexpr (Div::kTeacher) {
       load_rows(p_.teacher_query, b, h, first_row, rows, p_.teacher_dim, rows_, p_.teacher_dim);
       transpose_to_panel(rows_, p_.teacher_dim, rows, p_.teacher_dim, T(p_.teacher_scale * kLog2e),
-                         teacher_query_);
+                         panel.teacher_query);
     }
-    fill(output_, kPanel<T> * p_.value_dim, T(0));
-    sums_.reset(given_teacher_lse(b, h, first_row), rows);
+    fill(panel.output, P * p_.value_dim, T(0));
+    panel.sums.reset(given_teacher_lse(b, h, first_row), rows);
   }
 
-  void key_block(int64_t b, int64_t h, int64_t first, int64_t keys, int64_t vectors) {
-    constexpr int64_t P = kPanel<T>;
-    load_rows(p_.key, b, h, first, keys, p_.head_dim, keys_, p_.head_dim);
-    gemm<false, false>(keys, vectors, p_.head_dim, Left<T>{keys_, p_.head_dim, 1}, query_, P,
+  void tile(QueryPanel<T>& panel, int64_t keys) {
+    const int64_t vectors = panel.vectors();
+    gemm<false, false>(keys, vectors, p_.head_dim, Left<T>{key_, p_.head_dim, 1}, panel.query, P,
                        logits_, P);
     bias_.add_to(logits_, keys, vectors);
     if constexpr (Div::kTeacher) {
-      load_rows(p_.teacher_key, b, h, first, keys, p_.teacher_dim, keys_, p_.teacher_dim);
-      gemm<false, false>(keys, vectors, p_.teacher_dim, Left<T>{keys_, p_.teacher_dim, 1},
-                         teacher_query_, P, teacher_logits_, P);
+      gemm<false, false>(keys, vectors, p_.teacher_dim, Left<T>{teacher_key_, p_.teacher_dim, 1},
+                         panel.teacher_query, P, teacher_logits_, P);
       bias_.add_to(teacher_logits_, keys, vectors);
     }
     for (int64_t lane = 0; lane < vectors * kLanes<T>; lane += kLanes<T>)
-      sweep<Div, kTeacherLse>(logits_ + lane, teacher_logits_ + lane, keys, sums_, lane,
-                              output_ + lane, p_.value_dim);
-    if (p_.value_dim == 0) return;
-    load_rows(p_.value, b, h, first, keys, p_.value_dim, keys_, p_.value_dim);
-    gemm<true, true>(p_.value_dim, vectors, keys, Left<T>{keys_, 1, p_.value_dim}, logits_, P,
-                     output_, P);
+      sweep<Div, kTeacherLse>(logits_ + lane, teacher_logits_ + lane, keys, panel.sums, lane,
+                              panel.output + lane, p_.value_dim);
+    gemm<true, true>(p_.value_dim, vectors, keys, Left<T>{value_, 1, p_.value_dim}, logits_, P,
+                     panel.output, P);
   }
 
-  void finish(int64_t b, int64_t h, int64_t first_row, int64_t rows) {
-    const int64_t at = (b * p_.heads + h) * p_.query_length + first_row;
-    T inverse_sum[kPanel<T>];
-    for (int64_t row = 0; row < rows; ++row) {
-      const T sum = sums_.sum[row];
+  void finish(const QueryPanel<T>& panel, int64_t b, int64_t h) {
+    const int64_t at = (b * p_.heads + h) * p_.query_length + panel.first_row;
+    const RunningSums<T>& sums = panel.sums;
+    T inverse_sum[P];
+    for (int64_t row = 0; row < panel.rows; ++row) {
+      const T sum = sums.sum[row];
       const bool sees_no_key = p_.mask && sum == 0;
       inverse_sum[row] = sees_no_key ? T(0) : 1 / sum;
-      const T lse = sees_no_key ? -static_cast<T>(__builtin_inf()) : sums_.max[row] + log2(sum);
+      const T lse = sees_no_key ? -static_cast<T>(__builtin_inf()) : sums.max[row] + log2(sum);
       static_cast<T*>(p_.lse)[at + row] = T(kLn2) * lse;
       if constexpr (Div::kTeacher) {
-        T teacher_lse = sums_.teacher_max[row];
+        T teacher_lse = sums.teacher_max[row];
         if constexpr (!kTeacherLse) {
-          teacher_lse = sees_no_key ? lse : teacher_lse + log2(sums_.teacher_sum[row]);
+          teacher_lse = sees_no_key ? lse : teacher_lse + log2(sums.teacher_sum[row]);
           static_cast<T*>(p_.teacher_lse)[at + row] = T(kLn2) * teacher_lse;
         }
         const T divergence =
-            Div::finish(sums_.weighted[row], sum, sums_.teacher_sum[row], lse, teacher_lse);
+            Div::finish(sums.weighted[row], sum, sums.teacher_sum[row], lse, teacher_lse);
         static_cast<T*>(p_.kl)[at + row] = sees_no_key ? T(0) : T(kLn2) * divergence;
       }
     }
-    transpose_from_panel(output_, rows, p_.value_dim, inverse_sum, rows_, p_.value_dim);
-    store_rows(rows_, p_.value_dim, T(1), p_.output, b, h, first_row, rows, p_.value_dim);
+    transpose_from_panel(panel.output, panel.rows, p_.value_dim, inverse_sum, rows_, p_.value_dim);
+    store_rows(rows_, p_.value_dim, T(1), p_.output, b, h, panel.first_row, panel.rows,
+               p_.value_dim);
   }
 
   static float log2(float x) { return __builtin_log2f(x); }
@@ -219,18 +247,19 @@ class ForwardWorker {
 
   const ForwardProblem& p_;
   Scratch<T> scratch_;
-  RunningSums<T> sums_;
-  T *rows_, *query_, *teacher_query_, *output_, *keys_, *logits_, *teacher_logits_;
+  QueryPanel<T> panels_[cpu::kMaxPanelsPerTask];
+  T *rows_, *key_, *teacher_key_, *value_, *logits_, *teacher_logits_;
   Bias<T> bias_;
 };
 
 template <class Div, bool kTeacherLse, class T>
 void forward_tasks(const ForwardProblem& problem, int64_t begin, int64_t end) {
   ForwardWorker<Div, kTeacherLse, T> worker(problem);
-  const int64_t panels = (problem.query_length + kPanel<T> - 1) / kPanel<T>;
+  const int64_t rows = kPanel<T> * problem.panels_per_task;
+  const int64_t tasks_per_head = (problem.query_length + rows - 1) / rows;
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t head = task / panels;
-    worker.panel(head / problem.heads, head % problem.heads, task % panels * kPanel<T>);
+    const int64_t head = task / tasks_per_head;
+    worker.rows(head / problem.heads, head % problem.heads, task % tasks_per_head * rows);
   }
 }
 
