@@ -43,33 +43,32 @@ inline void grad_sweep(T* logits, const T* teacher, T* grad_probability, int64_t
 template <class Div, class T>
 class BackwardWorker {
  public:
-  explicit BackwardWorker(const BackwardProblem& problem)
+  BackwardWorker(const BackwardProblem& problem, Scratch<T>& scratch)
       : p_(problem),
         value_dim_(problem.grad_output ? problem.value_dim : 0),
         head_ld_(round_up(problem.head_dim, kLanes<T>)),
         value_ld_(round_up(value_dim_, kLanes<T>)),
         chunk_(min(kChunkKeys, problem.key_length)),
-        scratch_(elements()),
-        key_(scratch_.take(chunk_ * p_.head_dim)),
-        teacher_key_(scratch_.take(chunk_ * p_.teacher_dim)),
-        value_(scratch_.take(chunk_ * value_dim_)),
-        grad_key_(scratch_.take(chunk_ * head_ld_)),
-        grad_value_(scratch_.take(chunk_ * value_ld_)),
-        query_rows_(scratch_.take(P * head_ld_)),
-        grad_output_rows_(scratch_.take(P * value_ld_)),
-        rows_(scratch_.take(P * widest())),
-        query_(scratch_.take(P * p_.head_dim)),
-        teacher_query_(scratch_.take(P * p_.teacher_dim)),
-        grad_output_(scratch_.take(P * value_dim_)),
-        grad_query_(scratch_.take(P * p_.head_dim)),
-        logits_(scratch_.take(P * kBackwardKeys)),
-        teacher_logits_(scratch_.take(P * kBackwardKeys)),
-        grad_probability_(scratch_.take(P * kBackwardKeys)),
-        lse_(scratch_.take(P)),
-        teacher_lse_(scratch_.take(P)),
-        offset_(scratch_.take(P)),
-        slope_(scratch_.take(P)),
-        bias_(problem.mask, scratch_, kBackwardKeys) {}
+        key_(scratch.take(chunk_ * p_.head_dim)),
+        teacher_key_(scratch.take(chunk_ * p_.teacher_dim)),
+        value_(scratch.take(chunk_ * value_dim_)),
+        grad_key_(scratch.take(chunk_ * head_ld_)),
+        grad_value_(scratch.take(chunk_ * value_ld_)),
+        query_rows_(scratch.take(P * head_ld_)),
+        grad_output_rows_(scratch.take(P * value_ld_)),
+        rows_(scratch.take(P * widest())),
+        query_(scratch.take(P * p_.head_dim)),
+        teacher_query_(scratch.take(P * p_.teacher_dim)),
+        grad_output_(scratch.take(P * value_dim_)),
+        grad_query_(scratch.take(P * p_.head_dim)),
+        logits_(scratch.take(P * kBackwardKeys)),
+        teacher_logits_(scratch.take(P * kBackwardKeys)),
+        grad_probability_(scratch.take(P * kBackwardKeys)),
+        lse_(scratch.take(P)),
+        teacher_lse_(scratch.take(P)),
+        offset_(scratch.take(P)),
+        slope_(scratch.take(P)),
+        bias_(problem.mask, scratch, kBackwardKeys) {}
 
   void key_range(int64_t b, int64_t h, int64_t split, int64_t begin, int64_t end) {
     for (int64_t first = begin; first < end; first += chunk_) {
@@ -95,13 +94,6 @@ class BackwardWorker {
   int64_t widest() const {
     const int64_t widest = head_ld_ > value_ld_ ? head_ld_ : value_ld_;
     return widest > p_.teacher_dim ? widest : p_.teacher_dim;
-  }
-  int64_t elements() const {
-    const int64_t per_key = 2 * head_ld_ + 2 * value_ld_ + round_up(p_.teacher_dim, kLanes<T>);
-    const int64_t per_row =
-        3 * head_ld_ + 2 * value_ld_ + p_.teacher_dim + widest() + 3 * kBackwardKeys + 4;
-    return Scratch<T>::padded(chunk_ * per_key) + P * per_row + 8 * P +
-           Scratch<T>::padded(Bias<T>::elements(p_.mask, kBackwardKeys));
   }
 
   void start_chunk(int64_t b, int64_t h, int64_t first, int64_t keys) {
@@ -196,7 +188,6 @@ class BackwardWorker {
 
   const BackwardProblem& p_;
   const int64_t value_dim_, head_ld_, value_ld_, chunk_;
-  Scratch<T> scratch_;
   T *key_, *teacher_key_, *value_, *grad_key_, *grad_value_;
   T *query_rows_, *grad_output_rows_, *rows_, *query_, *teacher_query_, *grad_output_, *grad_query_;
   T *logits_, *teacher_logits_, *grad_probability_, *lse_, *teacher_lse_, *offset_, *slope_;
@@ -205,14 +196,14 @@ class BackwardWorker {
 
 template <class Div, class T>
 void backward_tasks(const BackwardProblem& problem, int64_t begin, int64_t end) {
-  BackwardWorker<Div, T> worker(problem);
-  const int64_t splits = problem.key_splits;
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t head = task / splits, split = task % splits;
-    worker.key_range(head / problem.heads, head % problem.heads, split,
-                     problem.key_length * split / splits,
-                     problem.key_length * (split + 1) / splits);
-  }
+  const int64_t splits = problem.key_splits, keys = problem.key_length;
+  with_worker<BackwardWorker<Div, T>, T>(problem, [&](auto& worker) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t head = task / splits, split = task % splits;
+      worker.key_range(head / problem.heads, head % problem.heads, split, keys * split / splits,
+                       keys * (split + 1) / splits);
+    }
+  });
 }
 
 template <class T>

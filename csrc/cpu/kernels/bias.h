@@ -19,11 +19,7 @@ class Bias {
   Bias(const Input& mask, Scratch<T>& scratch, int64_t max_keys)
       : mask_(mask),
         per_key_(mask.row_stride == 0),
-        values_(scratch.take(elements(mask, max_keys))) {}
-
-  static int64_t elements(const Input& mask, int64_t max_keys) {
-    return !mask ? 0 : max_keys * (mask.row_stride == 0 ? 1 : kPanel<T>);
-  }
+        values_(scratch.take(!mask ? 0 : max_keys * (per_key_ ? 1 : kPanel<T>))) {}
 
   // Reads the biases of `rows` queries from first_row on and `keys` keys from first_key on. Returns
   // whether any of these pairs is visible.

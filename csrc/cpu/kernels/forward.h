@@ -34,7 +34,6 @@ struct RunningSums {
         weighted(scratch.take(kPanel<T>)),
         teacher_max(scratch.take(kPanel<T>)),
         teacher_sum(scratch.take(kPanel<T>)) {}
-  static constexpr int64_t kElements = 5 * kPanel<T>;
 
   void reset(const T* given_teacher_lse, int64_t rows) {
     fill(max, kPanel<T>, kMasked<T>);
@@ -125,9 +124,6 @@ struct QueryPanel {
         teacher_query(scratch.take(kPanel<T> * p.teacher_dim)),
         output(scratch.take(kPanel<T> * p.value_dim)),
         sums(scratch) {}
-  static int64_t elements(const ForwardProblem& p) {
-    return kPanel<T> * (p.head_dim + p.teacher_dim + p.value_dim) + RunningSums<T>::kElements;
-  }
   int64_t vectors() const { return round_up(rows, kLanes<T>) / kLanes<T>; }
 };
 
@@ -135,17 +131,16 @@ struct QueryPanel {
 template <class Div, bool kTeacherLse, class T>
 class ForwardWorker {
  public:
-  explicit ForwardWorker(const ForwardProblem& problem)
+  ForwardWorker(const ForwardProblem& problem, Scratch<T>& scratch)
       : p_(problem),
-        scratch_(elements(problem)),
-        panels_{{problem, scratch_}, {problem, scratch_}, {problem, scratch_}, {problem, scratch_}},
-        rows_(scratch_.take(P * widest(problem))),
-        key_(scratch_.take(kForwardKeys * problem.head_dim)),
-        teacher_key_(scratch_.take(kForwardKeys * problem.teacher_dim)),
-        value_(scratch_.take(kForwardKeys * problem.value_dim)),
-        logits_(scratch_.take(kForwardKeys * P)),
-        teacher_logits_(scratch_.take(kForwardKeys * P)),
-        bias_(problem.mask, scratch_, kForwardKeys) {}
+        panels_{{problem, scratch}, {problem, scratch}, {problem, scratch}, {problem, scratch}},
+        rows_(scratch.take(P * widest(problem))),
+        key_(scratch.take(kForwardKeys * problem.head_dim)),
+        teacher_key_(scratch.take(kForwardKeys * problem.teacher_dim)),
+        value_(scratch.take(kForwardKeys * problem.value_dim)),
+        logits_(scratch.take(kForwardKeys * P)),
+        teacher_logits_(scratch.take(kForwardKeys * P)),
+        bias_(problem.mask, scratch, kForwardKeys) {}
 
   void rows(int64_t b, int64_t h, int64_t first_row) {
     int64_t panels = 0;
@@ -171,12 +166,6 @@ class ForwardWorker {
   static int64_t widest(const ForwardProblem& p) {
     const int64_t widest = p.head_dim > p.value_dim ? p.head_dim : p.value_dim;
     return widest > p.teacher_dim ? widest : p.teacher_dim;
-  }
-  static int64_t elements(const ForwardProblem& p) {
-    return cpu::kMaxPanelsPerTask * QueryPanel<T>::elements(p) +
-           P * (widest(p) + 2 * kForwardKeys) +
-           kForwardKeys * (p.head_dim + p.teacher_dim + p.value_dim) +
-           Scratch<T>::padded(Bias<T>::elements(p.mask, kForwardKeys));
   }
 
   const T* given_teacher_lse(int64_t b, int64_t h, int64_t first_row) const {
@@ -246,7 +235,6 @@ class ForwardWorker {
   static double log2(double x) { return __builtin_log2(x); }
 
   const ForwardProblem& p_;
-  Scratch<T> scratch_;
   QueryPanel<T> panels_[cpu::kMaxPanelsPerTask];
   T *rows_, *key_, *teacher_key_, *value_, *logits_, *teacher_logits_;
   Bias<T> bias_;
@@ -254,13 +242,14 @@ class ForwardWorker {
 
 template <class Div, bool kTeacherLse, class T>
 void forward_tasks(const ForwardProblem& problem, int64_t begin, int64_t end) {
-  ForwardWorker<Div, kTeacherLse, T> worker(problem);
   const int64_t rows = kPanel<T> * problem.panels_per_task;
   const int64_t tasks_per_head = (problem.query_length + rows - 1) / rows;
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t head = task / tasks_per_head;
-    worker.rows(head / problem.heads, head % problem.heads, task % tasks_per_head * rows);
-  }
+  with_worker<ForwardWorker<Div, kTeacherLse, T>, T>(problem, [&](auto& worker) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t head = task / tasks_per_head;
+      worker.rows(head / problem.heads, head % problem.heads, task % tasks_per_head * rows);
+    }
+  });
 }
 
 template <class T>

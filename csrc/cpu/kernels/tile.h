@@ -17,29 +17,43 @@ inline int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 
-// The scratch memory of one thread: carved into cache-line aligned tiles, freed as a whole.
+// The scratch memory of one thread, carved into cache-line aligned tiles and freed as a whole.
+// Without memory it hands out null pointers and only counts, which is how the size is found.
 template <class T>
 class Scratch {
  public:
+  Scratch() = default;
   explicit Scratch(int64_t elements)
-      : data_(static_cast<T*>(::operator new(static_cast<size_t>(elements) * sizeof(T), kAlign))),
-        next_(data_) {}
-  ~Scratch() { ::operator delete(data_, kAlign); }
+      : data_(static_cast<T*>(::operator new(static_cast<size_t>(elements) * sizeof(T), kAlign))) {}
+  ~Scratch() {
+    if (data_) ::operator delete(data_, kAlign);
+  }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
   T* take(int64_t elements) {
-    T* tile = next_;
-    next_ += padded(elements);
+    T* tile = data_ ? data_ + taken_ : nullptr;
+    taken_ += round_up(elements, kCacheLine / static_cast<int64_t>(sizeof(T)));
     return tile;
   }
-  static int64_t padded(int64_t elements) { return round_up(elements, 64 / sizeof(T)); }
+  int64_t taken() const { return taken_; }
 
  private:
-  static constexpr std::align_val_t kAlign{64};
-  T* data_;
-  T* next_;
+  static constexpr int64_t kCacheLine = 64;
+  static constexpr std::align_val_t kAlign{kCacheLine};
+  T* data_ = nullptr;
+  int64_t taken_ = 0;
 };
+
+// Builds a worker twice: to count the scratch memory its constructor takes, and on that memory.
+template <class Worker, class T, class Problem, class Body>
+void with_worker(const Problem& problem, Body body) {
+  Scratch<T> counter;
+  Worker{problem, counter};
+  Scratch<T> scratch(counter.taken());
+  Worker worker{problem, scratch};
+  body(worker);
+}
 
 // dst[row * ld + column] = x[b, h, first + row, column]; columns up to ld become 0.
 template <class T>
