@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -141,13 +140,7 @@ def run_options(args: argparse.Namespace, title: str) -> dict[str, Any]:
 
 def finish(train: Callable[[], TrainingRun]) -> int:
     """Run a training to its end and say how it went."""
-    from attn_kd.training import TrainingInterrupted
-
-    try:
-        run = train()
-    except TrainingInterrupted:
-        print("\ncheckpoint written; --resume goes on from there", file=sys.stderr)
-        raise
+    run = train()
     last = next((entry for entry in reversed(run.history) if "loss" in entry), None)
     losses = "" if last is None else f", loss {last['loss']:.4g}"
     if last is not None and "attention_kl" in last:

@@ -79,5 +79,5 @@ def _student_of(teacher: Path) -> dict[str, Any]:
     student: dict[str, Any] = {"encoder_layers": 1, "decoder_layers": 1}
     if (teacher / RECORD_FILE).is_file():
         settings = RunRecord.load(teacher / RECORD_FILE).config
-        student |= {"preset": settings.preset, "num_queries": settings.num_queries}
+        student["preset"] = settings.preset
     return student

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from transformers import DetrForObjectDetection
 
-#: Takes images ``[B, 3, H, W]`` and their mask; gives feature maps with their masks.
-Forward = Callable[[torch.Tensor, torch.Tensor], list[tuple[torch.Tensor, torch.Tensor]]]
+Maps = list[tuple[Tensor, Tensor]]  # feature maps [B, C, h, w] and their masks [B, h, w] bool
+Forward = Callable[[Tensor, Tensor], Maps]  # of images [B, 3, H, W] and their mask [B, H, W]
 
 
 @contextlib.contextmanager
@@ -25,7 +27,7 @@ def feature_maps_as_input(*models: DetrForObjectDetection) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for model in models:
             channels = model.model.input_projection.in_channels
-            stack.enter_context(_wrapped(model, lambda f, c=channels: _accepting_features(f, c)))
+            stack.enter_context(_wrapped(model, partial(_accepting_features, channels)))
         yield
 
 
@@ -55,8 +57,8 @@ def _wrapped(model: DetrForObjectDetection, wrap: Callable[[Forward], Forward]) 
         vars(backbone).update(before)
 
 
-def _accepting_features(backbone_forward: Forward, channels: int) -> Forward:
-    def forward(pixel_values: torch.Tensor, pixel_mask: torch.Tensor):
+def _accepting_features(channels: int, backbone_forward: Forward) -> Forward:
+    def forward(pixel_values: Tensor, pixel_mask: Tensor) -> Maps:
         if pixel_values.shape[1] == channels:
             return [(pixel_values, pixel_mask.bool())]
         return backbone_forward(pixel_values, pixel_mask)
@@ -65,7 +67,7 @@ def _accepting_features(backbone_forward: Forward, channels: int) -> Forward:
 
 
 def _in_bf16(backbone_forward: Forward) -> Forward:
-    def forward(pixel_values: torch.Tensor, pixel_mask: torch.Tensor):
+    def forward(pixel_values: Tensor, pixel_mask: Tensor) -> Maps:
         with torch.autocast(pixel_values.device.type, dtype=torch.bfloat16):
             maps = backbone_forward(pixel_values, pixel_mask)
         return [(features.float(), mask) for features, mask in maps]

@@ -6,11 +6,16 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 
 from tqdm import tqdm
-from transformers import TrainerCallback
+from transformers import (
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.integrations import TensorBoardCallback
 
 from attn_kd.errors import InputError
@@ -27,7 +32,13 @@ class EpochAnnouncer(TrainerCallback):
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
 
-    def on_epoch_begin(self, args, state, control, **kwargs):
+    def on_epoch_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
         # A resumed run begins within an epoch, at a fractional one.
         self.dataset.set_epoch(int(state.epoch or 0))
 
@@ -38,12 +49,23 @@ class HistoryWriter(TrainerCallback):
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
         if state.global_step >= state.max_steps:
             control.should_log = True
-        return control
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
         if state.is_world_process_zero:
             write_json(self.path, history_entries(state.log_history))
 
@@ -57,7 +79,13 @@ class ProgressBar(TrainerCallback):
         self.description = description
         self.bar: tqdm | None = None
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
         if state.is_world_process_zero:
             self.bar = tqdm(
                 total=state.max_steps,
@@ -68,18 +96,37 @@ class ProgressBar(TrainerCallback):
                 file=sys.stderr,
             )
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if self.bar is not None and logs:
             shown = {"loss": "loss", "attention_kl": "kl", "eval_mAP50": "mAP50"}
             values = {label: logs[name] for name, label in shown.items() if name in logs}
             if values:
                 self.bar.set_postfix(values)
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -105,10 +152,15 @@ class StopOnInterrupt(TrainerCallback):
             self._previous = signal.signal(signal.SIGINT, self._request)
         return self
 
-    def __exit__(self, kind, error, traceback) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         self._restore()
         if self.requested and kind is None:
-            raise TrainingInterrupted
+            raise TrainingInterrupted("a checkpoint is written; --resume goes on from there")
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
@@ -119,12 +171,17 @@ class StopOnInterrupt(TrainerCallback):
             signal.signal(signal.SIGINT, self._previous)
             self._previous = None
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
         if self.requested:
             control.should_save = True
             control.should_evaluate = False
             control.should_training_stop = True
-        return control
 
 
 class TensorBoard(TensorBoardCallback):

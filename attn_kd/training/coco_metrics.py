@@ -87,7 +87,7 @@ def _mean_of_defined(precision: np.ndarray) -> float:
 
 
 def _coco_dictionary(truth: Sequence[LabelledBoxes], num_classes: int) -> dict[str, Any]:
-    annotations = []
+    annotations: list[dict[str, Any]] = []
     for image_id, image in enumerate(truth, start=1):
         crowd = np.zeros(len(image), bool) if image.crowd is None else image.crowd
         for box, label, is_crowd in zip(image.boxes, image.labels, crowd, strict=True):

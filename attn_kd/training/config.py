@@ -6,10 +6,11 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from attn_kd._atomic import replacing_file
 from attn_kd.errors import InputError
@@ -40,7 +41,7 @@ class TrainingConfig:
     preset: str = "detr-tiny"
     encoder_layers: int = 6
     decoder_layers: int = 6
-    num_queries: int | None = None  # None: the preset's
+    num_queries: int | None = None  # None: the teacher's, or by the objects in the data
     image_size: int | None = None  # height and width in pixels; None: the preset's
     auxiliary_loss: bool = True  # the detection loss after every decoder layer, not only the last
     dropout: float | None = None  # None: the preset's
@@ -128,13 +129,13 @@ class TrainingConfig:
         _refuse_unknown_fields(values)
         return cls(**values)
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | os.PathLike) -> None:
         """Write the configuration as JSON."""
         with replacing_file(path) as temporary:
             temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
 
     @classmethod
-    def load(cls, path: str | Path) -> TrainingConfig:
+    def load(cls, path: str | os.PathLike) -> TrainingConfig:
         """Read what :meth:`save` wrote.
 
         Raises:
@@ -152,7 +153,7 @@ class TrainingConfig:
         }
 
 
-def read_json(path: str | Path, kind: type) -> Any:
+def read_json(path: str | os.PathLike, kind: type) -> Any:
     """The JSON value in a file, which must be of a kind: ``dict`` or ``list``.
 
     Raises:
@@ -235,7 +236,7 @@ def _check_type(field: dataclasses.Field, value: Any) -> None:
     is_bool = isinstance(value, bool)
     if not isinstance(value, _TYPES[expected]) or (is_bool and expected != "bool"):
         raise InputError(f"{field.name} is {value!r}; expected {field.type}")
-    if expected == "float" and not math.isfinite(value):
+    if expected == "float" and not math.isfinite(cast(float, value)):
         raise InputError(f"{field.name} is {value!r}; expected a finite number")
 
 

@@ -19,6 +19,7 @@ from attn_kd.distill import AttentionDistiller
 from attn_kd.errors import InputError
 from attn_kd.models import count_macs, count_parameters
 from attn_kd.training.coco_metrics import LabelledBoxes, average_precision
+from attn_kd.training.datasets import DetectionDataset
 
 if TYPE_CHECKING:
     from transformers import DetrForObjectDetection
@@ -33,7 +34,7 @@ Progress = Callable[[Iterable[Any]], Iterable[Any]]
 def evaluate_detector(
     model: DetrForObjectDetection,
     processor: BaseImageProcessor,
-    dataset: Dataset,
+    dataset: DetectionDataset,
     *,
     batch_size: int = 8,
     device: torch.device | str | None = None,
@@ -72,7 +73,7 @@ def evaluate_detector(
 def detection_metrics(
     model: DetrForObjectDetection,
     processor: BaseImageProcessor,
-    dataset: Dataset,
+    dataset: DetectionDataset,
     *,
     batch_size: int = 8,
     device: torch.device | str | None = None,
@@ -86,8 +87,7 @@ def detection_metrics(
     hard positives against all negatives, so that a detector that fires everywhere gains nothing.
 
     Args:
-        dataset: a :class:`~attn_kd.data.CocoDetection`, or a data set that has its ``categories``,
-            ``annotations`` and items.
+        dataset: the split, e.g. a :class:`~attn_kd.data.CocoDetection`.
         device: ``None`` for where the model is.
 
     Returns:
@@ -139,7 +139,7 @@ def attention_divergence(
     teacher: DetrForObjectDetection,
     student: DetrForObjectDetection,
     processor: BaseImageProcessor,
-    dataset: Dataset,
+    dataset: DetectionDataset,
     *,
     layers: dict[str, str] | None = None,
     batch_size: int = 8,
@@ -176,7 +176,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 class _Numbered(Dataset):
     """Items with their index."""
 
-    def __init__(self, dataset: Dataset) -> None:
+    def __init__(self, dataset: DetectionDataset) -> None:
         self.dataset = dataset
 
     def __len__(self) -> int:
@@ -201,7 +201,7 @@ class _Collate:
 
 
 def _batches(
-    dataset: Dataset, processor: BaseImageProcessor, batch_size: int, num_workers: int
+    dataset: DetectionDataset, processor: BaseImageProcessor, batch_size: int, num_workers: int
 ) -> DataLoader:
     if len(dataset) == 0:
         raise InputError("the split to evaluate on is empty; expected at least one image")
@@ -238,14 +238,14 @@ def _detect(
     ]
 
 
-def _annotated(dataset: Dataset, index: int) -> LabelledBoxes:
+def _annotated(dataset: DetectionDataset, index: int) -> LabelledBoxes:
     objects = dataset.annotations(index)
     return LabelledBoxes(
         objects.boxes.numpy(), objects.class_labels.numpy(), crowd=objects.iscrowd.numpy()
     )
 
 
-def _require_same_classes(model: DetrForObjectDetection, dataset: Dataset) -> None:
+def _require_same_classes(model: DetrForObjectDetection, dataset: DetectionDataset) -> None:
     known = [model.config.id2label[label] for label in range(model.config.num_labels)]
     if known != dataset.categories:
         raise InputError(

@@ -10,23 +10,26 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import nn
 from torch.utils.data import Dataset
 
 from attn_kd._atomic import replacing_folder
 from attn_kd.errors import InputError
+from attn_kd.training.datasets import DetectionDataset
 from attn_kd.training.sampling import sample_seed
+
+if TYPE_CHECKING:
+    from transformers import DetrForObjectDetection
 
 Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
 View = dict[str, torch.Tensor]  # features [C, h, w], mask [h, w] bool, and the labels' tensors
 
 
-def backbone_fingerprint(model: nn.Module) -> str:
+def backbone_fingerprint(model: DetrForObjectDetection) -> str:
     """SHA-256 of the backbone's weights and buffers, names included."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.model.backbone.state_dict().items()):
@@ -36,7 +39,9 @@ def backbone_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def require_shared_backbone(student: nn.Module, teacher: nn.Module) -> None:
+def require_shared_backbone(
+    student: DetrForObjectDetection, teacher: DetrForObjectDetection
+) -> None:
     """Check that one cache serves both.
 
     Raises:
@@ -144,8 +149,8 @@ def _file_name(index: int) -> str:
 
 
 def cache_features(
-    model: nn.Module,
-    dataset: Dataset,
+    model: DetrForObjectDetection,
+    dataset: DetectionDataset,
     collators: Sequence[Collator],
     *,
     seed: int,
@@ -184,8 +189,10 @@ def cache_features(
     was_training = model.training
     model.to(device).eval()
     try:
-        store = MemoryStore(images()) if folder is None else None
-        if store is None:
+        store: FeatureStore
+        if folder is None:
+            store = MemoryStore(images())
+        else:
             store = _stored(folder / _digest(model, len(collators), seed, key), images)
     finally:
         model.train(was_training)
@@ -196,7 +203,9 @@ def _stored(folder: Path, images: Callable[[], Iterable[list[View]]]) -> FolderS
     return FolderStore(folder) if folder.is_dir() else FolderStore.write(folder, images())
 
 
-def _digest(model: nn.Module, views: int, seed: int, key: Mapping[str, Any] | None) -> str:
+def _digest(
+    model: DetrForObjectDetection, views: int, seed: int, key: Mapping[str, Any] | None
+) -> str:
     depends_on = {
         "backbone": backbone_fingerprint(model),
         "views": views,
@@ -207,7 +216,7 @@ def _digest(model: nn.Module, views: int, seed: int, key: Mapping[str, Any] | No
 
 
 @torch.no_grad()
-def _view(model: nn.Module, batch: dict[str, Any]) -> View:
+def _view(model: DetrForObjectDetection, batch: dict[str, Any]) -> View:
     """Features of a batch of one image, on the CPU."""
     device = next(model.parameters()).device
     features, mask = model.model.backbone(

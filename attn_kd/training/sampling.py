@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
+from attn_kd.training.datasets import DetectionDataset
+
 
 def sample_seed(seed: int, epoch: int, index: int) -> int:
     """A seed below 2**63 for one sample of one epoch; different triples give unrelated seeds."""
@@ -26,7 +28,7 @@ class SeededItems(Dataset):
         seed: of the run.
     """
 
-    def __init__(self, dataset: Dataset, seed: int) -> None:
+    def __init__(self, dataset: DetectionDataset, seed: int) -> None:
         self.dataset = dataset
         self.seed = seed
         self.epoch = 0

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
-from torch.utils.data import Dataset, IterableDataset
 
 from attn_kd.data import Augmentation, CocoDetection, DetectionCollator, annotation_file
 from attn_kd.errors import InputError
 from attn_kd.training.config import TrainingConfig
+from attn_kd.training.datasets import DetectionDataset, DetectionStream, is_stream
 from attn_kd.training.feature_cache import (
     Collator,
     FeatureCollator,
@@ -25,6 +24,7 @@ from attn_kd.training.feature_cache import (
 from attn_kd.training.sampling import SeededItems
 
 if TYPE_CHECKING:
+    from transformers import DetrForObjectDetection
     from transformers.image_processing_utils import BaseImageProcessor
 
 
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 class TrainingData:
     """What a detector is trained on and, where there is a validation split, measured on."""
 
-    train: Dataset
-    val: Dataset | None = None
+    train: DetectionDataset | DetectionStream
+    val: DetectionDataset | None = None
 
     @classmethod
     def open(cls, root: str | os.PathLike) -> TrainingData:
@@ -50,31 +50,35 @@ class TrainingData:
 class Source:
     """A data set and what makes batches of its items."""
 
-    dataset: Dataset
+    dataset: Any
     collate: Collator
 
 
-def image_source(dataset: Dataset, processor: BaseImageProcessor, config: TrainingConfig) -> Source:
+def image_source(
+    dataset: DetectionDataset | DetectionStream,
+    processor: BaseImageProcessor,
+    config: TrainingConfig,
+) -> Source:
     """Images, augmented if the configuration says so.
 
     Raises:
         InputError: a stream of images without an end to the training.
     """
     collate = DetectionCollator(processor, Augmentation() if config.augment else None)
-    if not isinstance(dataset, IterableDataset):
-        return Source(SeededItems(dataset, config.seed), collate)
-    if config.max_steps is None:
-        raise InputError("max_steps is None; a stream of images has no epochs, expected a number")
-    return Source(dataset, collate)
+    if is_stream(dataset):
+        if config.max_steps is None:
+            raise InputError("max_steps is None; expected a number, a stream has no epochs")
+        return Source(dataset, collate)
+    return Source(SeededItems(dataset, config.seed), collate)
 
 
 def feature_source(
-    model: nn.Module,
-    dataset: Dataset,
+    model: DetrForObjectDetection,
+    dataset: DetectionDataset | DetectionStream,
     processor: BaseImageProcessor,
     config: TrainingConfig,
     *,
-    teacher: nn.Module | None = None,
+    teacher: DetrForObjectDetection | None = None,
     folder: Path | None = None,
     device: torch.device | str = "cpu",
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
@@ -92,7 +96,7 @@ def feature_source(
     Raises:
         InputError: the teacher has another backbone, or the images come in a stream.
     """
-    if isinstance(dataset, IterableDataset):
+    if is_stream(dataset):
         raise InputError("cache_features is True; expected a data folder, not a stream of images")
     if teacher is not None:
         require_shared_backbone(model, teacher)
@@ -112,7 +116,9 @@ def feature_source(
     return Source(cached, FeatureCollator())
 
 
-def _what_features_depend_on(dataset: Dataset, processor: BaseImageProcessor) -> dict[str, Any]:
+def _what_features_depend_on(
+    dataset: DetectionDataset, processor: BaseImageProcessor
+) -> dict[str, Any]:
     """Besides the backbone: the images by name, size and time, and all that is done to them."""
     if not isinstance(dataset, CocoDetection):
         raise InputError(

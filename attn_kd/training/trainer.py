@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerControl
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from attn_kd.distill import AttentionDistiller, distillation_loss
 from attn_kd.errors import InputError
@@ -50,6 +50,9 @@ class DistillationTrainer(Trainer):
         record: JSON values written into every checkpoint as ``attn_kd.json``.
         **trainer_arguments: those of :class:`transformers.Trainer`.
     """
+
+    optimizer: torch.optim.Optimizer  # None before create_optimizer
+    control: TrainerControl
 
     def __init__(
         self,
@@ -84,9 +87,7 @@ class DistillationTrainer(Trainer):
         self._parts = _Means()
         self._staging: Path | None = None
 
-    # -- the loss ---------------------------------------------------------------------------------
-
-    def train(self, *args: Any, **kwargs: Any):
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """As :meth:`transformers.Trainer.train`; both models are left as they were, but trained."""
         with contextlib.ExitStack() as stack:
             # Its bars and warnings of settings that may well differ break up the progress bar.
@@ -103,7 +104,7 @@ class DistillationTrainer(Trainer):
         inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
-    ):
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         """Eq. 3 of Rubin et al. 2021; the detection loss alone where there is no teacher."""
         if self._distiller is None:
             outputs = model(**inputs)
@@ -156,8 +157,6 @@ class DistillationTrainer(Trainer):
         """Not counted: transformers' estimate is for models of tokens."""
         return 0
 
-    # -- the optimiser ----------------------------------------------------------------------------
-
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with the backbone's own learning rate; norms and biases are not decayed."""
         if self.optimizer is None:
@@ -189,8 +188,6 @@ class DistillationTrainer(Trainer):
         """The highest of the groups; transformers logs the first, which is the backbone's."""
         return max(group["lr"] for group in self.optimizer.param_groups)
 
-    # -- evaluation -------------------------------------------------------------------------------
-
     def evaluate(
         self,
         eval_dataset: Any = None,
@@ -207,8 +204,6 @@ class DistillationTrainer(Trainer):
             self.args, self.state, self.control, metrics
         )
         return metrics
-
-    # -- checkpoints ------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save beside, then rename: a save cut short leaves the checkpoint before it as it was."""
