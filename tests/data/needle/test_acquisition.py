@@ -53,7 +53,7 @@ def test_speckle_is_widest_far_from_the_focus(speckle):
     correlation = product / inside.square().sum(1).mean((0, 2))
     for rows in (slice(20, 36), slice(50, 66), slice(110, 130)):
         assert correlation[rows].mean() == pytest.approx(float(expected[rows].mean()), abs=0.04)
-    assert correlation[110:130].mean() > correlation[50:66].mean()
+    assert correlation[110:130].mean() > correlation[50:66].mean() + 0.08
 
 
 def test_steep_needles_are_darker():
