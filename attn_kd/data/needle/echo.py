@@ -42,8 +42,8 @@ def sample_look(
     return NeedleLook(
         level=level,
         gauge=random.uniform(0.024, 0.042, 1, 1, 1),
-        ringing=decibels(random.uniform(-26.0, -9.0, 1, 1, 1)),
-        ringing_decay=random.uniform(0.03, 0.11, 1, 1, 1),
+        ringing=decibels(random.uniform(-28.0, -10.0, 1, 1, 1)),
+        ringing_decay=random.uniform(0.012, 0.06, 1, 1, 1),
         shadow=random.uniform(0.25, 0.75, 1, 1, 1),
         tip=random.uniform(0.0, 1.2, 1, 1, 1),
         wave_rate=random.uniform(3.0, 24.0, 3),
