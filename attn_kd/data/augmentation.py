@@ -59,14 +59,14 @@ class Augmentation:
         """Augment one image.
 
         Args:
-            image: uint8 [3, H, W].
+            image: uint8 [C, H, W].
             boxes: float32 [n, 4], xyxy in pixels.
             class_labels: int64 [n].
             generator: source of randomness; torch's own if None, which DataLoader seeds for each
                 worker and epoch.
 
         Returns:
-            Image uint8 [3, H', W'] with its boxes [m, 4] and class labels [m], m <= n.
+            Image uint8 [C, H', W'] with its boxes [m, 4] and class labels [m], m <= n.
         """
         draws = torch.rand(8, generator=generator).tolist()
         image = _adjust_levels(image, _between(self.gamma, draws[0]), _between(self.gain, draws[1]))
@@ -102,8 +102,6 @@ def _adjust_levels(image: Tensor, gamma: float, gain: float) -> Tensor:
         return image
     levels = torch.linspace(0.0, 1.0, 256).pow(gamma).mul(255.0 * gain)
     table = levels.round().clamp(0.0, 255.0).to(torch.uint8).numpy()
-    if image.stride(0) == 0:  # grey image whose channels share their memory
-        return torch.from_numpy(np.take(table, image[0].numpy())).expand_as(image)
     return torch.from_numpy(np.take(table, image.numpy()))
 
 

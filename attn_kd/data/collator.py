@@ -73,6 +73,8 @@ class DetectionCollator:
     def _prepare(self, item: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """The normalised image [3, h, w] of an item, and its labels."""
         image = item["image"]
+        if image.stride(0) == 0:  # grey, its channels share their memory: one is enough so far
+            image = image[:1]
         boxes, class_labels = item["target"]["boxes"], item["target"]["class_labels"]
         orig_size = torch.tensor(image.shape[1:])
         if self._augmentation is not None:
@@ -106,8 +108,6 @@ def _relative_centres(boxes: Tensor, height: int, width: int) -> Tensor:
 
 def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear with antialiasing, the same as Pillow's; uint8 [1 or 3, h, w]."""
-    if image.stride(0) == 0:
-        image = image[:1]  # grey: the normalisation broadcasts over the channels
     if image.shape[1:] == size:
         return image
     resized = F.interpolate(image[None], size, mode="bilinear", antialias=True)

@@ -30,8 +30,6 @@ class NeedleStream(IterableDataset):
         chunk: frames simulated at once.
     """
 
-    categories = (CATEGORY,)
-
     def __init__(
         self,
         seed: int = 0,
@@ -50,6 +48,11 @@ class NeedleStream(IterableDataset):
         self._stop = None if num_frames is None else first_clip + num_frames
         self._settings = settings or NeedleSettings()
         self._chunk = chunk
+
+    @property
+    def categories(self) -> list[str]:
+        """Names of the classes, by label."""
+        return [CATEGORY]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
@@ -73,12 +76,15 @@ class SimulatedFrames(Dataset):
     Items and accessors are those of `CocoDetection`.
     """
 
-    categories = (CATEGORY,)
-
     def __init__(
         self, num_frames: int, *, seed: int = 0, settings: NeedleSettings | None = None
     ) -> None:
         self._frames = simulate_frames(num_frames, seed=seed, settings=settings or NeedleSettings())
+
+    @property
+    def categories(self) -> list[str]:
+        """Names of the classes, by label."""
+        return [CATEGORY]
 
     def __len__(self) -> int:
         return len(self._frames.frames)
