@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from attn_kd.ops import extension, fake
 
@@ -17,7 +18,8 @@ class FusedAttentionKL(torch.autograd.Function):
     teacher_scale, divergence)` returns (output, kl, lse, teacher_lse); shapes and semantics are
     those of `attn_kd.attention_kl`, but nothing is defaulted or cast here, and the mask must have
     been expanded to [B, H, Lq, Lk]. Without teacher tensors it is plain attention, and kl and
-    teacher_lse are empty; a teacher_lse that was given is not returned again. Saves O(Lq) beyond its inputs and output, never a map.
+    teacher_lse are empty; a teacher_lse that was given is not returned again. Saves O(Lq) beyond
+    its inputs and output, never a map.
     """
 
     @staticmethod
@@ -71,6 +73,7 @@ class FusedAttentionKL(torch.autograd.Function):
         ctx.options = options
 
     @staticmethod
+    @once_differentiable  # differentiating again raises, where it would silently give zeros
     def backward(
         ctx: Any,
         grad_output: Tensor | None,
@@ -84,7 +87,7 @@ class FusedAttentionKL(torch.autograd.Function):
         return (*grads, None, None, None, None, None, None, None)
 
 
-def fused_attention_kl(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+def fused_attention_kl(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Return (output, kl, lse) of `FusedAttentionKL`."""
     output, kl, lse, _ = FusedAttentionKL.apply(*arguments)
     return output, kl, lse

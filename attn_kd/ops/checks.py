@@ -142,24 +142,25 @@ _warned_teacher_grad = False
 
 
 def detach_teacher(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Detach the teacher's tensors, and say once that they get no gradient if they asked for one."""
+    """Detach the teacher's tensors; say once that they get no gradient if they asked for one."""
     global _warned_teacher_grad
     asks = any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    if asks and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        if not _warned_teacher_grad:
-            _warned_teacher_grad = True
-            warnings.warn(
-                "a teacher tensor requires grad; attn_kd treats the teacher as constant "
-                "and computes no gradient for it",
-                stacklevel=3,
-            )
+    silent = torch.compiler.is_compiling() or _warned_teacher_grad
+    if asks and torch.is_grad_enabled() and not silent:
+        _warned_teacher_grad = True
+        warnings.warn(
+            "a teacher tensor requires grad; attn_kd treats the teacher as constant "
+            "and computes no gradient for it",
+            stacklevel=3,
+        )
     return tuple(None if tensor is None else tensor.detach() for tensor in tensors)
 
 
 def _check_tensor(name: str, tensor: Tensor) -> None:
     if tensor.dim() != 4:
         raise InputError(
-            f"{name} has shape {tuple(tensor.shape)}, expected 4 dimensions [batch, heads, length, dim]"
+            f"{name} has shape {tuple(tensor.shape)}, "
+            "expected 4 dimensions [batch, heads, length, dim]"
         )
     if tensor.dtype not in DTYPES:
         raise InputError(

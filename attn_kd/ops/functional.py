@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,10 +94,10 @@ def attention_kl(
     """Softmax attention and, in the same sweep over the keys, its divergence from a teacher's.
 
     With a = softmax(scale · query keyᵀ + mask) and b the teacher's map likewise, per head and row:
-    ``output = a · value`` and ``kl`` = Σ a log(a / b) for ``"reverse_kl"``, the KL(student ‖ teacher)
-    of Rubin et al. 2021 (eq. 3), or Σ b log(b / a) for ``"forward_kl"``. Neither map is stored,
-    forward or backward. Gradients reach query, key and value through output, kl and lse; the
-    teacher is a constant. Backward is deterministic.
+    ``output = a · value`` and ``kl`` = Σ a log(a / b) for ``"reverse_kl"``, the
+    KL(student ‖ teacher) of Rubin et al. 2021 (eq. 3), or Σ b log(b / a) for ``"forward_kl"``.
+    Neither map is stored, forward or backward. Gradients reach query, key and value through output,
+    kl and lse; the teacher is a constant. Backward is deterministic.
 
     Args:
         query, key, value: float32, float64, bfloat16 or float16, one dtype; any strides with a
@@ -108,7 +108,8 @@ def attention_kl(
         teacher_lse: [B, H, Lq] float32, natural log-sum-exp of the scaled and masked teacher
             logits (`attention(...).lse`); computed on the way if None.
         attn_mask: as in `scaled_dot_product_attention`: bool (True = may attend) or additive
-            float, broadcastable to [B, H, Lq, Lk]; applies to student and teacher alike. A row
+            float, broadcastable to [B, H, Lq, Lk]; applies to student and teacher alike. A bias of
+            -5e29 or less, such as torch.finfo(torch.float32).min, hides a key as -inf does. A row
             that sees no key gives output 0, kl 0, lse -inf and zero gradients.
         scale, teacher_scale: factors on the logits; default D ** -0.5 and Dt ** -0.5.
         divergence: "reverse_kl" or "forward_kl".
@@ -187,7 +188,7 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _dispatch(
-    backend: str | None, query: Tensor, key: Tensor, value: Tensor, *rest
+    backend: str | None, query: Tensor, key: Tensor, value: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     teacher_query = rest[0]
     teacher_dim = 0 if teacher_query is None else teacher_query.shape[3]

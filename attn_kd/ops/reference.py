@@ -7,13 +7,20 @@ pass, so that memory stays proportional to a block of the attention map rather t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-# Elements of one [B, H, block, Lk] score tile. 36 MiB of floats is past the size (32 MiB) up to which
-# glibc may keep freed memory in its heap: smaller tiles are faster, but fragment it into gigabytes.
+# Elements of one [B, H, block, Lk] score tile. 36 MiB of floats is past the size (32 MiB) up to
+# which glibc may keep freed memory in its heap: smaller tiles are faster, but fragment it into
+# gigabytes.
 _BLOCK_ELEMENTS = 9 * 1024 * 1024
+
+# An additive mask value up to this one hides the pair as -inf does, in every backend: many masks
+# hold torch.finfo(dtype).min instead.
+_HIDDEN = -5e29
 
 
 def attention_kl_reference(
@@ -45,7 +52,7 @@ def attention_kl_reference(
         def rows_of(tensor: Tensor | None, start: int = start, stop: int = stop) -> Tensor | None:
             return None if tensor is None else tensor[:, :, start:stop]
 
-        arguments = (
+        arguments: tuple[Any, ...] = (
             rows_of(query),
             key,
             value,
@@ -108,7 +115,7 @@ def _attention_kl_rows(
 def _visible(attn_mask: Tensor | None) -> Tensor | None:
     if attn_mask is None or attn_mask.dtype == torch.bool:
         return attn_mask
-    return attn_mask != float("-inf")
+    return ~(attn_mask <= _HIDDEN)  # in this form NaN stays visible
 
 
 def _logits(

@@ -13,6 +13,10 @@ inline constexpr double kLn2 = 0.69314718055994530942;
 template <class T>
 inline constexpr T kMasked = sizeof(T) == 4 ? T(-1e30) : T(-1e300);
 
+// An additive mask value up to this one hides the pair as -inf does. Many masks hold the lowest
+// finite number instead, which overflows when it is scaled or summed.
+inline constexpr double kHidden = -5e29;
+
 template <class T>
 class Bias {
  public:
@@ -64,7 +68,7 @@ class Bias {
     visit_storage(mask_.dtype, [&](auto storage) {
       bias = static_cast<T>(widen(static_cast<const decltype(storage)*>(mask_.data)[at]));
     });
-    return bias == -static_cast<T>(__builtin_inf()) ? kMasked<T> : bias * T(kLog2e);
+    return bias <= T(kHidden) ? kMasked<T> : bias * T(kLog2e);
   }
 
   const Input& mask_;
