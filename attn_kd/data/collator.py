@@ -66,12 +66,13 @@ class DetectionCollator:
         pixel_mask = torch.zeros(len(images), height, width, dtype=torch.int64)
         for index, image in enumerate(images):
             rows, columns = image.shape[1:]
-            pixel_values[index, :, :rows, :columns] = image
+            # In place: intermediate images of this size would cost more than the arithmetic.
+            pixel_values[index, :, :rows, :columns].copy_(image).mul_(self._scale).add_(self._shift)
             pixel_mask[index, :rows, :columns] = 1
         return {"pixel_values": pixel_values, "pixel_mask": pixel_mask, "labels": list(labels)}
 
     def _prepare(self, item: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        """The normalised image [3, h, w] of an item, and its labels."""
+        """The augmented and resized image uint8 [1 or 3, h, w] of an item, and its labels."""
         image = item["image"]
         if image.stride(0) == 0:  # grey, its channels share their memory: one is enough so far
             image = image[:1]
@@ -88,10 +89,7 @@ class DetectionCollator:
             "image_id": item["image_id"],
             "orig_size": orig_size,
         }
-        return self._normalise(_resize(image, self._resized(height, width))), label
-
-    def _normalise(self, image: Tensor) -> Tensor:
-        return torch.addcmul(self._shift, image, self._scale)
+        return _resize(image, self._resized(height, width)), label
 
 
 def _item_generator(item: dict[str, Any]) -> torch.Generator | None:
