@@ -42,6 +42,15 @@ def attention_kl_reference(
     """
     inputs = (query, key, value, teacher_query, teacher_key, teacher_lse, attn_mask)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    dtype = query.dtype
+    # Widened here rather than per block, so that the blocks' gradients add up in the wide type.
+    wide = torch.promote_types(dtype, torch.float32)
+    query, key, value = query.to(wide), key.to(wide), value.to(wide)
+    if teacher_query is not None and teacher_key is not None:
+        teacher_query, teacher_key = teacher_query.to(wide), teacher_key.to(wide)
+    if teacher_lse is not None:
+        teacher_lse = teacher_lse.to(wide)
+
     batch, heads, rows, _ = query.shape
     block = max(1, min(rows, _BLOCK_ELEMENTS // (batch * heads * key.shape[2])))
 
@@ -69,7 +78,7 @@ def attention_kl_reference(
         else:
             parts.append(_attention_kl_rows(*arguments))
     output, kl, lse = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
-    return output, (kl if teacher_query is not None else kl.new_empty(0)), lse
+    return output.to(dtype), (kl if teacher_query is not None else kl.new_empty(0)), lse
 
 
 def _attention_kl_rows(
@@ -91,25 +100,21 @@ def _attention_kl_rows(
     logits = _logits(query, key, scale, attn_mask, visible)
     lse = torch.logsumexp(logits, dim=-1)
     log_attention = logits - lse[..., None]
-    attention = log_attention.exp()
-    # Not through matmul broadcasting: value may be narrower than the logits' dtype.
-    output = attention @ value.to(attention.dtype)
+    output = log_attention.exp() @ value
 
     kl = lse.new_zeros(lse.shape)
     if teacher_query is not None and teacher_key is not None:
         teacher_logits = _logits(teacher_query, teacher_key, teacher_scale, attn_mask, visible)
         if teacher_lse is None:
             teacher_lse = torch.logsumexp(teacher_logits, dim=-1)
-        log_teacher = teacher_logits - teacher_lse[..., None].to(teacher_logits.dtype)
-        if teacher_logits.dtype != logits.dtype:
-            log_teacher = log_teacher.to(logits.dtype)
+        log_teacher = teacher_logits - teacher_lse[..., None]
         kl = _DIVERGENCES[divergence](log_attention, log_teacher, visible)
 
     if row_visible is not None:
         output = torch.where(row_visible[..., None], output, 0.0)
         kl = torch.where(row_visible, kl, 0.0)
         lse = torch.where(row_visible, lse, float("-inf"))
-    return output.to(query.dtype), kl, lse
+    return output, kl, lse
 
 
 def _visible(attn_mask: Tensor | None) -> Tensor | None:
@@ -121,13 +126,12 @@ def _visible(attn_mask: Tensor | None) -> Tensor | None:
 def _logits(
     query: Tensor, key: Tensor, scale: float, attn_mask: Tensor | None, visible: Tensor | None
 ) -> Tensor:
-    """Scaled and masked logits, at least float32."""
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    logits = scale * (query.to(dtype) @ key.to(dtype).transpose(-1, -2))
+    """Scaled and masked logits."""
+    logits = scale * (query @ key.transpose(-1, -2))
     if attn_mask is None or visible is None:
         return logits
     if attn_mask.dtype != torch.bool:
-        logits = logits + attn_mask.to(dtype).masked_fill(~visible, 0.0)
+        logits = logits + attn_mask.to(logits.dtype).masked_fill(~visible, 0.0)
     hidden = ~visible & visible.any(dim=-1, keepdim=True)
     return logits.masked_fill(hidden, float("-inf"))
 
