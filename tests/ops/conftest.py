@@ -1,0 +1,39 @@
+"""The backends that the operator's tests run on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import attn_kd
+from attn_kd.ops import reference
+
+
+def require_backend(name: str) -> str:
+    status = attn_kd.available_backends()[name]
+    if not status.available:
+        pytest.skip(status.reason)
+    return name
+
+
+@pytest.fixture(params=["cpu", "reference", "reference-in-blocks"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a backend; the reference also as it runs on long sequences, block by block."""
+    if request.param == "reference-in-blocks":
+        monkeypatch.setattr(reference, "_BLOCK_ELEMENTS", 1000)
+        return "reference"
+    return require_backend(request.param)
+
+
+@pytest.fixture
+def cpu_backend() -> str:
+    return require_backend("cpu")
+
+
+@pytest.fixture
+def threads(request: pytest.FixtureRequest):
+    """Run with `request.param` threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
