@@ -6,6 +6,8 @@ has been checked against float64 at the size that is timed.
 
 from __future__ import annotations
 
+import os
+import shutil
 from functools import partial
 
 import pytest
@@ -18,8 +20,9 @@ from bench.rounds import measure_in_turn
 from bench.workloads import SHAPES, make_workload
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# torch.compile needs half a minute and more for each of these.
+# torch.compile needs half a minute and more for each of these, and a C++ compiler.
 COMPILED = {("coco", "float32"), ("dc5", "float32")}
+HAS_COMPILER = shutil.which(os.environ.get("CXX", "g++")) is not None
 ONLY_LINEAR_MEMORY = {"video"}  # one float32 map would take 8.6 GB
 
 
@@ -52,6 +55,6 @@ def _candidates(shape_name: str, dtype_name: str) -> dict[str, Candidate]:
     candidates = dict(CANDIDATES)
     if shape_name in ONLY_LINEAR_MEMORY:
         candidates = {name: candidates[name] for name in LINEAR_MEMORY}
-    if (shape_name, dtype_name) in COMPILED:
+    if (shape_name, dtype_name) in COMPILED and HAS_COMPILER:
         candidates["compiled"] = compile_eager()
     return candidates
