@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -20,7 +22,7 @@ def require_backend(name: str) -> str:
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a backend; the reference also as it runs on long sequences, block by block."""
     if request.param == "reference-in-blocks":
-        monkeypatch.setattr(reference, "_BLOCK_ELEMENTS", 1000)
+        monkeypatch.setattr(reference, "_BLOCK_ELEMENTS", 2000)
         return "reference"
     return require_backend(request.param)
 
@@ -30,10 +32,14 @@ def cpu_backend() -> str:
     return require_backend("cpu")
 
 
-@pytest.fixture
-def threads(request: pytest.FixtureRequest):
-    """Run with `request.param` threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
+@pytest.fixture(autouse=True)
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """The number of threads: 1 but for tests that ask for another.
+
+    The tensors here are so small that threads would mostly wait for each other, for long where the
+    machine has other work too.
+    """
+    before, wanted = torch.get_num_threads(), getattr(request, "param", 1)
+    torch.set_num_threads(wanted)
+    yield wanted
     torch.set_num_threads(before)

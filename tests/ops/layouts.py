@@ -1,0 +1,58 @@
+"""Ways in which a [B, H, L, D] tensor can lie in memory, all with the same values."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def contiguous(x: Tensor) -> Tensor:
+    return x.contiguous()
+
+
+def heads_after_length(x: Tensor) -> Tensor:
+    """A view of [B, L, H, D], as a projection followed by a split into heads leaves it."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def packed(x: Tensor) -> Tensor:
+    """One of three in a [B, L, 3, H, D] projection: an offset, and gaps between the rows."""
+    whole = torch.full(
+        (x.shape[0], x.shape[2], 3, x.shape[1], x.shape[3]), torch.nan, dtype=x.dtype
+    )
+    whole[:, :, 1] = x.transpose(1, 2)
+    return whole[:, :, 1].transpose(1, 2)
+
+
+def odd_offset(x: Tensor) -> Tensor:
+    """Columns 1 to D of wider rows: unit stride, aligned to nothing."""
+    wide = torch.full((*x.shape[:3], x.shape[3] + 2), torch.nan, dtype=x.dtype)
+    wide[..., 1:-1] = x
+    return wide[..., 1:-1]
+
+
+def every_other_column(x: Tensor) -> Tensor:
+    wide = torch.full((*x.shape[:3], 2 * x.shape[3]), torch.nan, dtype=x.dtype)
+    wide[..., ::2] = x
+    return wide[..., ::2]
+
+
+def columns_first(x: Tensor) -> Tensor:
+    """A view of [B, H, D, L]."""
+    return x.transpose(2, 3).contiguous().transpose(2, 3)
+
+
+def reversed_dims(x: Tensor) -> Tensor:
+    """A view of [D, L, H, B]."""
+    return x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+
+
+LAYOUTS = (
+    contiguous,
+    heads_after_length,
+    packed,
+    odd_offset,
+    every_other_column,
+    columns_first,
+    reversed_dims,
+)

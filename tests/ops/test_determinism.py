@@ -1,0 +1,70 @@
+"""The same call gives the same bits, every time and whatever the number of threads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import attn_kd
+from tests.ops.cases import (
+    DIVERGENCES,
+    Sizes,
+    assert_equal,
+    name_of,
+    random_cotangents,
+    random_inputs,
+    run_backend,
+)
+
+# one head: the backward pass splits the keys between threads, whose sums must be added in order
+ONE_HEAD = Sizes(B=1, H=1, Lq=130, Lk=600)
+SIZES = {"one head": ONE_HEAD, "several heads": Sizes(Lq=130, Lk=200)}
+
+every_size = pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
+every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES)
+
+
+@every_size
+@every_divergence
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize("threads", [1, 2, 3], indirect=True)
+def test_repeated_calls(cpu_backend, sizes, dtype, divergence, threads):
+    inputs, cotangents = random_inputs(sizes, dtype), random_cotangents(sizes, dtype)
+    first = run_backend(cpu_backend, inputs, cotangents, divergence=divergence)
+    for _ in range(3):
+        again = run_backend(cpu_backend, inputs, cotangents, divergence=divergence)
+        assert_equal(again, first)
+
+
+@every_size
+@every_divergence
+def test_forward_does_not_depend_on_the_number_of_threads(cpu_backend, sizes, divergence):
+    inputs = random_inputs(sizes)
+
+    def results(count: int) -> dict[str, torch.Tensor]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(count)
+        try:
+            out = attn_kd.attention_kl(*inputs, divergence=divergence, backend=cpu_backend)
+        finally:
+            torch.set_num_threads(before)
+        return out._asdict()
+
+    one = results(1)
+    for count in (2, 3, 7):
+        assert_equal(results(count), one)
+
+
+@every_divergence
+def test_a_row_does_not_depend_on_its_neighbours(cpu_backend, divergence):
+    inputs = random_inputs(ONE_HEAD)
+    whole = attn_kd.attention_kl(*inputs, divergence=divergence, backend=cpu_backend)
+    for row in (0, 63, 64, 129):
+        one = inputs._replace(
+            query=inputs.query[:, :, row : row + 1],
+            teacher_query=inputs.teacher_query[:, :, row : row + 1],
+        )
+        alone = attn_kd.attention_kl(*one, divergence=divergence, backend=cpu_backend)
+        assert_equal(
+            alone._asdict(), {n: t[:, :, row : row + 1] for n, t in whole._asdict().items()}
+        )

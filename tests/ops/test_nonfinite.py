@@ -1,0 +1,147 @@
+"""NaN and infinity stay in the rows they belong to."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.ops.cases import (
+    DIVERGENCES,
+    Sizes,
+    assert_equal,
+    name_of,
+    random_cotangents,
+    random_inputs,
+    run_backend,
+)
+
+SIZES = Sizes(B=2, H=2, Lq=75, Lk=110, D=8, Dv=5, Dt=8)
+BATCH, HEAD, ROW, KEY = 1, 0, 66, 98
+
+every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES)
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+every_poison = pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
+
+
+def poisoned(backend, dtype, name, at, poison, **options):
+    """Results without and with `poison` at `at` in the tensor `name`."""
+    inputs, cotangents = random_inputs(SIZES, dtype), random_cotangents(SIZES, dtype)
+    clean = run_backend(backend, inputs, cotangents, **options)
+    tensor = getattr(inputs, name).clone()
+    tensor[at] = poison
+    dirty = run_backend(backend, inputs._replace(**{name: tensor}), cotangents, **options)
+    return clean, dirty
+
+
+def without(results, at, *names):
+    """The named results with zeros at `at`."""
+    return {
+        name: results[name].index_put(at, torch.zeros((), dtype=results[name].dtype))
+        for name in names
+    }
+
+
+def index(*at):
+    return tuple(torch.tensor(i) for i in at)
+
+
+@every_divergence
+@every_dtype
+@every_poison
+def test_in_a_query_row(backend, dtype, poison, divergence):
+    at = (BATCH, HEAD, ROW)
+    clean, dirty = poisoned(backend, dtype, "query", (*at, 2), poison, divergence=divergence)
+    for name in ("output", "kl", "grad_query"):
+        assert not dirty[name][at].isfinite().any(), name
+    assert not dirty["lse"][at].isfinite()
+    rows = ("output", "kl", "lse", "grad_query")
+    assert_equal(without(dirty, index(*at), *rows), without(clean, index(*at), *rows))
+    # every key of the head receives from that row, and no other head does
+    keys = ("grad_key", "grad_value")
+    head = index(BATCH, HEAD)
+    assert_equal(without(dirty, head, *keys), without(clean, head, *keys))
+
+
+@every_divergence
+@every_dtype
+@every_poison
+def test_in_a_teacher_query_row(backend, dtype, poison, divergence):
+    at = (BATCH, HEAD, ROW)
+    clean, dirty = poisoned(
+        backend, dtype, "teacher_query", (*at, 2), poison, divergence=divergence
+    )
+    assert not dirty["kl"][at].isfinite()
+    assert not dirty["grad_query"][at].isfinite().any()
+    assert_equal(dirty, {name: clean[name] for name in ("output", "lse", "grad_value")})
+    rows = ("kl", "grad_query")
+    assert_equal(without(dirty, index(*at), *rows), without(clean, index(*at), *rows))
+
+
+@every_divergence
+@every_dtype
+@every_poison
+@pytest.mark.parametrize("name", ["key", "teacher_key"])
+def test_in_a_key(backend, dtype, name, poison, divergence):
+    """It reaches the rows that see the key: here all but those of one block of the mask."""
+    mask = torch.ones(SIZES.Lq, SIZES.Lk, dtype=torch.bool)
+    mask[:70, KEY] = False
+    at = (BATCH, HEAD, KEY, 2)
+    clean, dirty = poisoned(backend, dtype, name, at, poison, divergence=divergence, attn_mask=mask)
+    kl = dirty["kl"][BATCH, HEAD]
+    # an infinite key can leave a row with a vanishing probability of it, never a wrong finite value
+    reached = kl[70:].isfinite().logical_not()
+    assert reached.all() if poison != poison else reached.any()
+    results = ("output", "kl", "lse")
+    seeing = tuple(
+        i.flatten()
+        for i in torch.meshgrid(
+            torch.tensor(BATCH), torch.tensor(HEAD), torch.arange(70, SIZES.Lq), indexing="ij"
+        )
+    )
+    assert_equal(without(dirty, seeing, *results), without(clean, seeing, *results))
+    head = index(BATCH, HEAD)
+    grads = ("grad_query", "grad_key", "grad_value")
+    assert_equal(without(dirty, head, *grads), without(clean, head, *grads))
+
+
+@every_divergence
+@every_dtype
+@every_poison
+def test_in_a_value(backend, dtype, poison, divergence):
+    at = (BATCH, HEAD, KEY, 3)
+    clean, dirty = poisoned(backend, dtype, "value", at, poison, divergence=divergence)
+    column = dirty["output"][BATCH, HEAD, :, 3]
+    assert not column.isfinite().any()
+    assert_equal(dirty, {name: clean[name] for name in ("kl", "lse")})
+    keep = torch.ones_like(clean["output"], dtype=torch.bool)
+    keep[BATCH, HEAD, :, 3] = False
+    assert torch.equal(dirty["output"][keep], clean["output"][keep])
+
+
+@every_divergence
+@pytest.mark.parametrize("kind", ["bool", "additive"])
+@pytest.mark.parametrize("name", ["key", "teacher_key"])
+def test_in_a_hidden_key_reaches_no_result(backend, name, kind, divergence):
+    mask = torch.ones(1, 1, 1, SIZES.Lk, dtype=torch.bool)
+    mask[..., KEY] = False
+    if kind == "additive":
+        mask = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+    at = (BATCH, HEAD, KEY)
+    clean, dirty = poisoned(
+        backend, torch.float32, name, at, torch.nan, divergence=divergence, attn_mask=mask
+    )
+    assert_equal(dirty, {name: clean[name] for name in ("output", "kl", "lse")})
+    assert (dirty["grad_key"][at] == 0).all()
+
+
+@every_divergence
+def test_in_the_mask(backend, divergence):
+    inputs, cotangents = random_inputs(SIZES), random_cotangents(SIZES)
+    mask = torch.randn(SIZES.Lq, SIZES.Lk)
+    clean = run_backend(backend, inputs, cotangents, attn_mask=mask, divergence=divergence)
+    mask[ROW, KEY] = torch.nan
+    dirty = run_backend(backend, inputs, cotangents, attn_mask=mask, divergence=divergence)
+    for name in ("output", "kl", "lse", "grad_query"):
+        assert dirty[name][:, :, ROW].isnan().all(), name
+        clean[name][:, :, ROW] = dirty[name][:, :, ROW] = 0
+    assert_equal(dirty, {name: clean[name] for name in ("output", "kl", "lse", "grad_query")})
