@@ -50,6 +50,7 @@ def training_arguments(
         "dataloader_pin_memory": torch.cuda.is_available() and not use_cpu,
         "remove_unused_columns": False,
         "label_names": ["labels"],
+        "ddp_find_unused_parameters": False,  # every one is used in every step
         "report_to": "none",
         "disable_tqdm": True,
     }
