@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
 from transformers.models.detr.image_processing_pil_detr import DetrImageProcessorPil
@@ -92,21 +95,29 @@ def _label_names(num_labels: int, id2label: Mapping[int, str] | None) -> dict[in
 def _config(
     spec: Preset, sizes: Mapping[str, int], labels: dict[int, str], overrides: Mapping[str, Any]
 ) -> DetrConfig:
-    known = set(DetrConfig().to_dict())
-    unknown = sorted(set(overrides) - known)
-    if unknown:
-        raise InputError(f"{unknown[0]!r} is no field of transformers' DetrConfig")
-    fields = {**spec.transformer, **sizes, **overrides}
-    fields.pop("num_labels")  # transformers derives it from the label names
     depth = len(spec.backbone["depths"])
-    config = DetrConfig(
-        backbone_config=ResNetConfig(**spec.backbone, out_features=[f"stage{depth}"]),
-        use_timm_backbone=False,
-        id2label=labels,
-        label2id={name: label for label, name in labels.items()},
-        trainable_batch_norm=spec.trainable_batch_norm,
-        **fields,
-    )
+    settled = {
+        "encoder_layers": sizes["encoder_layers"],
+        "decoder_layers": sizes["decoder_layers"],
+        "num_queries": sizes["num_queries"],
+        "backbone_config": ResNetConfig(**spec.backbone, out_features=[f"stage{depth}"]),
+        "id2label": labels,  # transformers derives num_labels from it
+        "label2id": {name: label for label, name in labels.items()},
+    }
+    known = {field.name for field in dataclasses.fields(DetrConfig)} - settled.keys()
+    for name in overrides:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise InputError(f"{name!r} is no field of DetrConfig that can be overridden{hint}")
+    try:
+        config = DetrConfig(
+            **{**spec.transformer, **overrides, **settled},
+            use_timm_backbone=False,
+            trainable_batch_norm=spec.trainable_batch_norm,
+        )
+    except StrictDataclassError as error:
+        raise InputError(f"transformers refuses the configuration: {error}") from error
     for side in ("encoder", "decoder"):
         heads = getattr(config, f"{side}_attention_heads")
         if config.d_model % heads:
