@@ -36,12 +36,19 @@ def bf16_backbone(*models: DetrForObjectDetection) -> Iterator[None]:
     """Run the backbones of models under bfloat16 autocast; their feature maps come out as float32.
 
     On CPUs with bfloat16 instructions convolutions gain most from it, while a narrow transformer
-    loses more to the casts than it gains.
+    loses more to the casts than it gains. On CPUs without them nothing is changed.
     """
     with contextlib.ExitStack() as stack:
         for model in models:
-            stack.enter_context(_wrapped(model, _in_bf16))
+            if model.device.type != "cpu" or cpu_computes_bf16():
+                stack.enter_context(_wrapped(model, _in_bf16))
         yield
+
+
+def cpu_computes_bf16() -> bool:
+    """Whether there are instructions for it; emulated, it is several times slower than float32."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(has is True for name, has in capabilities.items() if name.endswith("bf16"))
 
 
 @contextlib.contextmanager

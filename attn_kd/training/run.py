@@ -194,7 +194,7 @@ class _Run:
             if config.freeze_backbone:
                 freeze_backbone(model)
             trainer = self._trainer(model, processor, data)
-            if config.cache_features:
+            if config.cache_features or self._shares_backbone:
                 stack.enter_context(feature_maps_as_input(*models))
             trainer.add_callback(stack.enter_context(StopOnInterrupt()))
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -206,6 +206,10 @@ class _Run:
     @property
     def _starts_from_teacher(self) -> bool:
         return self.teacher is not None and self.config.teacher_backbone
+
+    @property
+    def _shares_backbone(self) -> bool:
+        return self._starts_from_teacher and self.config.freeze_backbone
 
     def _build(self, data: TrainingData) -> tuple[DetrForObjectDetection, BaseImageProcessor]:
         """The model as training finds it, and the processor of its images: the teacher's if any."""
@@ -293,6 +297,7 @@ class _Run:
             alpha=config.alpha,
             temperature=config.temperature,
             class_weight=config.class_weight,
+            share_backbone=self._shares_backbone and not config.cache_features,
             backbone_learning_rate=config.backbone_learning_rate,
             evaluate_detector=evaluate,
             record=self.record.to_dict(),

@@ -45,6 +45,8 @@ class DistillationTrainer(Trainer):
         alpha: weight of the attention divergence; the detection loss has weight ``1 - alpha``.
         temperature: of the optional class term.
         class_weight: weight of the class term beside the attention divergence.
+        share_backbone: teacher and student have the same frozen backbone; it is run once for both.
+            To be used inside :func:`~attn_kd.training.backbone_forward.feature_maps_as_input`.
         backbone_learning_rate: ``None`` for that of the arguments.
         evaluate_detector: called with the model by :meth:`evaluate`; returns the metrics.
         record: JSON values written into every checkpoint as ``attn_kd.json``.
@@ -62,6 +64,7 @@ class DistillationTrainer(Trainer):
         alpha: float = 0.7,
         temperature: float = 1.0,
         class_weight: float = 0.0,
+        share_backbone: bool = False,
         backbone_learning_rate: float | None = None,
         evaluate_detector: Callable[[nn.Module], dict[str, float]] | None = None,
         record: Mapping[str, Any] | None = None,
@@ -80,6 +83,7 @@ class DistillationTrainer(Trainer):
             "temperature": temperature,
             "class_weight": class_weight,
         }
+        self.share_backbone = share_backbone
         self.backbone_learning_rate = backbone_learning_rate
         self.evaluate_detector = evaluate_detector
         self.record = dict(record or {})
@@ -111,6 +115,8 @@ class DistillationTrainer(Trainer):
             loss = outputs.loss
             self._parts.add(detection_loss=loss)
         else:
+            if self.share_backbone:
+                inputs = self._through_backbone(inputs)
             result = self._distiller.run(inputs, student=model)
             outputs = result.student
             parts = distillation_loss(result, **self.loss_weights)
@@ -120,6 +126,14 @@ class DistillationTrainer(Trainer):
             if self.loss_weights["class_weight"] > 0:
                 self._parts.add(class_kl=parts.class_kl)
         return (loss, outputs) if return_outputs else loss
+
+    @torch.no_grad()
+    def _through_backbone(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The inputs with feature maps in the place of images."""
+        with self.accelerator.autocast():
+            maps = self.model.model.backbone(inputs["pixel_values"], inputs["pixel_mask"])
+        features, mask = maps[-1]
+        return {**inputs, "pixel_values": features.float(), "pixel_mask": mask}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the parts of the loss, averaged since the last entry, to an entry about training.

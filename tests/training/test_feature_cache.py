@@ -5,7 +5,11 @@ from attn_kd.data import Augmentation, CocoDetection, DetectionCollator
 from attn_kd.errors import InputError
 from attn_kd.models import build_detr, build_image_processor, freeze_backbone
 from attn_kd.training import TrainingConfig
-from attn_kd.training.backbone_forward import bf16_backbone, feature_maps_as_input
+from attn_kd.training.backbone_forward import (
+    bf16_backbone,
+    cpu_computes_bf16,
+    feature_maps_as_input,
+)
 from attn_kd.training.feature_cache import FeatureCollator, cache_features
 from attn_kd.training.sources import feature_source
 
@@ -159,6 +163,7 @@ def test_forward_of_the_class_comes_back(model):
     assert "forward" not in vars(backbone)
 
 
+@pytest.mark.skipif(not cpu_computes_bf16(), reason="this CPU has no bfloat16 instructions")
 def test_bf16_backbone_rounds_the_features_and_nothing_else(model):
     images, mask = torch.randn(1, 3, 64, 64), torch.ones(1, 64, 64)
     exact, _ = model.model.backbone(images, mask)[-1]
