@@ -90,6 +90,13 @@ def test_missing_data_leaves_nothing_half_written(tmp_path, capsys):
     assert not any((tmp_path / "out").iterdir())
 
 
+def test_output_that_cannot_be_written_is_refused_before_training(data, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert train(data, tmp_path / "file" / "out", "-q") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "cannot write to" in line
+
+
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal to another process")
 def test_ctrl_c_ends_at_a_checkpoint_and_resume_ends_the_training(data, tmp_path):
     out = tmp_path / "out"

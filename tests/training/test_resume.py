@@ -16,7 +16,7 @@ from attn_kd.training import (
     distill_detector,
     train_detector,
 )
-from attn_kd.training.records import RunRecord, TeacherIdentity, latest_checkpoint
+from attn_kd.training.records import RunFolder, RunRecord, TeacherIdentity, latest_checkpoint
 
 
 class PressesCtrlC(Dataset):
@@ -133,6 +133,13 @@ def test_finished_run_is_returned_as_it_is(tiny_data, tiny_config, tmp_path):
     again = train_detector(tiny_config, tiny_data, tmp_path / "out", resume=True, device="cpu")
     assert again.history == first.history
     assert largest_difference(first.model.state_dict(), again.model.state_dict()) == 0
+
+
+def test_run_that_had_not_come_to_a_checkpoint_begins_again(tiny_data, tiny_config, tmp_path):
+    whole = train_detector(tiny_config, tiny_data, tmp_path / "whole", device="cpu")
+    RunFolder(tmp_path / "out").begin(RunRecord(tiny_config), overwrite=False)
+    resumed = train_detector(tiny_config, tiny_data, tmp_path / "out", resume=True, device="cpu")
+    assert largest_difference(whole.model.state_dict(), resumed.model.state_dict()) == 0
 
 
 def test_folder_without_a_run_cannot_be_resumed(tiny_data, tiny_config, tmp_path):
