@@ -5,7 +5,7 @@ import torch
 
 from attn_kd.errors import InputError
 from attn_kd.models import load_detector
-from attn_kd.training import TrainingConfig, distill_detector, train_detector
+from attn_kd.training import TrainingConfig, TrainingData, distill_detector, train_detector
 from tests.tiny_data import write_tiny_data
 
 
@@ -178,3 +178,24 @@ def test_loss_that_is_no_longer_finite_stops_the_training(tiny_data, tiny_config
 def test_nothing_is_printed(tiny_data, tiny_config, tmp_path, capfd):
     train_detector(tiny_config, tiny_data, tmp_path / "out", device="cpu")
     assert capfd.readouterr().out == ""
+
+
+def test_stream_of_simulated_frames_trains_for_so_many_steps(tiny_config, tmp_path):
+    from attn_kd.data.needle import NeedleStream
+
+    data = TrainingData(NeedleStream(seed=0))
+    run = train_detector(tiny_config, data, tmp_path / "out", device="cpu")
+    assert run.history[-1]["step"] == tiny_config.max_steps
+    assert run.model.config.id2label == {0: "needle"}
+
+
+def test_stream_has_no_epochs(tiny_config, tmp_path):
+    from attn_kd.data.needle import NeedleStream
+
+    with pytest.raises(InputError, match="a stream has no epochs"):
+        train_detector(
+            tiny_config.replace(max_steps=None),
+            TrainingData(NeedleStream(seed=0)),
+            tmp_path / "out",
+            device="cpu",
+        )
