@@ -10,6 +10,7 @@ import torch
 from attn_kd.errors import InputError
 from attn_kd.ops import extension
 
+BACKENDS = ("cuda", "triton", "cpu", "reference")  # the preferred ones first
 MAX_HEAD_DIM = 256  # of the compiled kernels; the reference backend has no limit
 
 
@@ -25,12 +26,13 @@ def available_backends() -> dict[str, BackendStatus]:
 
     ``status.reason`` says what a backend needs when ``status.available`` is false.
     """
-    return {
+    statuses = {
         "cuda": BackendStatus(False, "no CUDA kernels in this release"),
         "triton": BackendStatus(False, "no Triton kernels in this release"),
         "cpu": _cpu_status(),
         "reference": BackendStatus(True, "plain torch, any device; slower than the kernels"),
     }
+    return {name: statuses[name] for name in BACKENDS}
 
 
 def _cpu_status() -> BackendStatus:
@@ -51,9 +53,9 @@ def select_backend(requested: str | None, device: torch.device, head_dims: tuple
             return "cpu"
         _warn_slow_once(refusal)
         return "reference"
-    statuses = available_backends()
-    if requested not in statuses:
-        raise InputError(f"backend={requested!r} is unknown; expected one of {sorted(statuses)}")
+    # Not available_backends(): what it asks the extension cannot be traced by torch.compile.
+    if requested not in BACKENDS:
+        raise InputError(f"backend={requested!r} is unknown; expected one of {BACKENDS}")
     refusal = _refusal(requested, device, head_dims)
     if refusal is not None:
         raise InputError(f"backend={requested!r} cannot run here: {refusal}")

@@ -55,9 +55,9 @@ def attention(
         InputError: the arguments do not fit together (the message names the offending value).
         NotImplementedError: dropout_p > 0.
     """
+    query, key, value = _autocast(query, key, value)
     checks.check_student(query, key, value)
     checks.check_dropout(dropout_p)
-    query, key, value = _autocast(query, key, value)
     scale = checks.resolve_scale("scale", scale, query.shape[3])
     output, _, lse = _dispatch(
         backend,
@@ -121,11 +121,11 @@ def attention_kl(
         InputError: the arguments do not fit together (the message names the offending value).
         NotImplementedError: an option of the contract that this release does not have.
     """
+    query, key, value = _autocast(query, key, value)
     checks.check_student(query, key, value)
     checks.check_teacher(query, key, teacher_query, teacher_key, teacher_lse)
     checks.check_options(divergence, head_reduction, dropout_p)
     teacher = checks.detach_teacher(teacher_query, teacher_key, teacher_lse)
-    query, key, value = _autocast(query, key, value)
     return AttentionKLOutput(
         *_dispatch(
             backend,
@@ -159,11 +159,11 @@ def attention_kl_div(
 
     Arguments, semantics and errors are those of `attention_kl`.
     """
+    query, key = _autocast(query, key)
     checks.check_student(query, key, None)
     checks.check_teacher(query, key, teacher_query, teacher_key, teacher_lse)
     checks.check_options(divergence, head_reduction, 0.0)
     teacher = checks.detach_teacher(teacher_query, teacher_key, teacher_lse)
-    query, key = _autocast(query, key)
     _, kl, lse = _dispatch(
         backend,
         query,
@@ -184,7 +184,9 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     if not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
-    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+    return tuple(
+        t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
+    )
 
 
 def _dispatch(
