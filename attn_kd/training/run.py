@@ -173,8 +173,10 @@ class _Run:
         """The checkpoint to go on from, if any."""
         if self.options.resume:
             return self.folder.resume(self.record)
-        if self._arguments().process_index == 0:
-            self.folder.begin(self.record, overwrite=self.options.overwrite)
+        arguments = self._arguments()
+        with arguments.main_process_first(desc="opening the folder"):
+            if arguments.process_index == 0:
+                self.folder.begin(self.record, overwrite=self.options.overwrite)
         return None
 
     def _train(self, data: TrainingData, checkpoint: Path | None) -> None:
