@@ -10,9 +10,12 @@ import torch
 
 from attn_kd.cli import main
 
-pytestmark = pytest.mark.skipif(
-    not torch.distributed.is_available(), reason="torch was built without torch.distributed"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not torch.distributed.is_available(), reason="torch was built without torch.distributed"
+    ),
+]
 
 
 def test_two_processes_follow_the_course_of_one(tiny_data, tiny_teacher, tmp_path):
