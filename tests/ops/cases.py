@@ -138,41 +138,45 @@ def in_double(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def assert_as_accurate_as_eager(
-    actual: Results,
-    inputs: Inputs,
-    cotangents: Cotangents,
-    *,
-    largest_logit: float = 1.0,
-    **options: Any,
+    actual: Results, inputs: Inputs, cotangents: Cotangents, **options: Any
 ) -> None:
     """Every error is at most twice that of eager code in the same dtype, or a few roundings.
 
-    For float64 the definition in float64 is the truth, and only the roundings remain. Where
-    `largest_logit` is given, they are those of the logits: what rounding a logit of 1000 does to
-    its exponential is 1000 roundings.
+    For float64 the definition in float64 is the truth, and only the roundings remain.
     """
     truth = truth_of(inputs, cotangents, **options)
+    floor = rounding_floor(truth, inputs, **options)
     options.pop("teacher_lse", None)
     eager = run(explicit.attention_kl, inputs, cotangents, **options)
     for name, expected in truth.items():
-        error = (actual[name].double() - expected)[expected.isfinite()].abs()
-        eager_error = (eager[name].double() - expected)[expected.isfinite()].abs()
-        assert torch.equal(actual[name].isinf(), expected.isinf()), name
-        assert not actual[name].isnan().any(), name
-        if error.numel() == 0:
-            continue
-        few = roundings(actual[name].dtype) * largest_logit
-        bound = 2 * eager_error.max().item() + few * size(name, truth)
-        assert error.max().item() <= bound, (
-            f"{name}: error {error.max():.2e} exceeds {bound:.2e}, eager's is "
-            f"{eager_error.max():.2e}"
+        finite = expected.isfinite()
+        assert torch.equal(actual[name].isfinite(), finite), name
+        assert torch.equal(actual[name][~finite].double(), expected[~finite]), name
+        error = largest(actual[name].double() - expected)
+        eager_error = largest(eager[name].double() - expected)
+        bound = 2 * eager_error + roundings(actual[name].dtype) * floor[name]
+        assert error <= bound, (
+            f"{name}: error {error:.2e} exceeds {bound:.2e}, eager's is {eager_error:.2e}"
         )
 
 
-def size(name: str, truth: Results) -> float:
-    """What roundings are relative to: the result, or 1, or the LSEs that cancel in a divergence."""
-    tensors = [truth["kl"], truth["lse"]] if name == "kl" else [truth[name]]
-    return max(1.0, *(t[t.isfinite()].abs().max().item() for t in tensors if t.isfinite().any()))
+def rounding_floor(truth: Results, inputs: Inputs, **options: Any) -> dict[str, float]:
+    """What one relative rounding amounts to in each result.
+
+    Probabilities come from differences of logits and LSEs, and a divergence from a difference of
+    LSEs, so that the rounding of an LSE of 8 makes a relative error of 8 roundings.
+    """
+    options = {name: in_double(options).get(name) for name in ("attn_mask", "teacher_scale")}
+    teacher = explicit.teacher_lse(*inputs.to(torch.float64)[3:], **options)
+    lse = max(1.0, largest(truth["lse"]), largest(teacher))
+    sizes = {name: max(1.0, largest(result)) for name, result in truth.items()}
+    return {name: size if name == "lse" else size * lse for name, size in sizes.items()}
+
+
+def largest(x: Tensor) -> float:
+    """The largest finite magnitude in x; 0 where there is none."""
+    finite = x[x.isfinite()]
+    return finite.abs().max().item() if finite.numel() else 0.0
 
 
 def roundings(dtype: torch.dtype) -> float:

@@ -1,0 +1,196 @@
+"""The kernels of every instruction set, at the sizes where their tiles begin and end.
+
+Sizes refer to csrc/cpu: panels of 64 queries in float32 and 32 in float64, up to 4 of them a task;
+tiles of 96 keys forward and 48 backward; chunks of 512 keys backward; micro-kernels of 4, 6, 8 or
+12 rows and 1 to 4 vectors of 4 to 16 lanes.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.ops.cases import (
+    DIVERGENCES,
+    DTYPES,
+    Sizes,
+    assert_as_accurate_as_eager,
+    assert_equal,
+    name_of,
+    random_cotangents,
+    random_inputs,
+    run_backend,
+)
+
+pytestmark = pytest.mark.usefixtures("instruction_set")
+
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+both_accumulations = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
+every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES)
+
+QUERIES = (1, 31, 32, 33, 63, 64, 65, 127, 129)
+KEYS = (1, 47, 48, 49, 95, 96, 97, 145, 193)
+
+
+def check(sizes: Sizes, dtype: torch.dtype = torch.float32, **options) -> None:
+    inputs, cotangents = random_inputs(sizes, dtype), random_cotangents(sizes, dtype)
+    actual = run_backend("cpu", inputs, cotangents, **options)
+    assert_as_accurate_as_eager(actual, inputs, cotangents, **options)
+
+
+@every_dtype
+@every_divergence
+@pytest.mark.parametrize("head_dim", [1, 3, 8, 17, 32, 40, 64, 80, 128, 256])
+def test_head_dims(head_dim, divergence, dtype):
+    sizes = Sizes(B=1, H=2, Lq=37, Lk=53, D=head_dim, Dv=head_dim, Dt=head_dim)
+    check(sizes, dtype, divergence=divergence)
+
+
+@both_accumulations
+@every_divergence
+@pytest.mark.parametrize("count", QUERIES)
+def test_queries_around_the_panels(count, divergence, dtype):
+    check(Sizes(B=1, H=2, Lq=count, Lk=50), dtype, divergence=divergence)
+
+
+@both_accumulations
+@every_divergence
+@pytest.mark.parametrize("count", KEYS)
+def test_keys_around_the_tiles(count, divergence, dtype):
+    check(Sizes(B=1, H=2, Lq=35, Lk=count), dtype, divergence=divergence)
+
+
+@both_accumulations
+@every_divergence
+@pytest.mark.parametrize("count", [511, 512, 513, 1025])
+def test_keys_around_the_chunks(count, divergence, dtype):
+    check(Sizes(B=1, H=1, Lq=66, Lk=count), dtype, divergence=divergence)
+
+
+@every_divergence
+@pytest.mark.parametrize("rows", range(1, 18))
+def test_every_number_of_rows_left_over(rows, divergence):
+    """Of micro-kernels (keys, and the columns of values and keys) and of vectors of lanes."""
+    check(Sizes(B=1, H=1, Lq=rows, Lk=rows, D=rows, Dv=rows, Dt=rows), divergence=divergence)
+
+
+@both_accumulations
+@every_divergence
+@pytest.mark.parametrize(
+    "Lq", [4 * 64, 4 * 64 + 1, 5 * 64 - 3, 9 * 64], ids=lambda n: f"{n} queries"
+)
+def test_several_panels_a_task(Lq, divergence, dtype):
+    # 8 heads with one thread: enough tasks that each takes four panels, the last what is left
+    mask = torch.rand(2, 1, Lq, 100) > 0.2
+    check(Sizes(B=2, H=4, Lq=Lq, Lk=100), dtype, attn_mask=mask, divergence=divergence)
+
+
+@every_divergence
+@pytest.mark.parametrize("given", [False, True], ids=["computes teacher_lse", "given teacher_lse"])
+def test_maximum_that_rises_with_every_tile(divergence, given):
+    """Every tile makes the sums of all earlier ones shrink, for the student or the teacher."""
+    sizes = Sizes(B=1, H=2, Lq=70, Lk=500, D=4, Dv=3, Dt=4)
+    inputs, cotangents = random_inputs(sizes), random_cotangents(sizes)
+    rising = torch.linspace(-3, 3, sizes.Lk)[:, None]
+    for student, teacher in ((rising, rising), (rising, rising.flip(0)), (-rising, rising)):
+        steep = inputs._replace(
+            query=inputs.query.abs(),
+            teacher_query=inputs.teacher_query.abs(),
+            key=inputs.key + student,
+            teacher_key=inputs.teacher_key + teacher,
+        )
+        options = {"divergence": divergence}
+        if given:
+            logits = sizes.Dt**-0.5 * steep.teacher_query.double() @ steep.teacher_key.double().mT
+            options["teacher_lse"] = logits.logsumexp(-1).float()
+        actual = run_backend("cpu", steep, cotangents, **options)
+        assert_as_accurate_as_eager(actual, steep, cotangents, **options)
+
+
+def band(Lq: int, Lk: int, width: int) -> Tensor:
+    """Row i sees `width` keys from i on: whole tiles are hidden for some rows or for all."""
+    offset = torch.arange(Lk)[None, :] - torch.arange(Lq)[:, None]
+    return (offset >= 0) & (offset < width)
+
+
+def keys_from_to(Lk: int, begin: int, end: int) -> Tensor:
+    """Key padding [1, 1, 1, Lk] that leaves keys begin to end."""
+    at = torch.arange(Lk)
+    return ((at >= begin) & (at < end))[None, None, None]
+
+
+MASKS = {
+    "band": band(200, 700, 30),
+    "late keys alone": keys_from_to(700, 650, 700),
+    "early keys alone": keys_from_to(700, 0, 20),
+    "one tile in the middle": keys_from_to(700, 100, 190),
+    "one key": keys_from_to(700, 530, 531),
+    "causal": torch.ones(200, 700, dtype=torch.bool).tril(),
+    "late causal": torch.ones(200, 700, dtype=torch.bool).triu(500),
+    "half the rows": (torch.arange(200) % 2 == 0)[:, None],
+    "one panel": ((torch.arange(200) >= 64) & (torch.arange(200) < 128))[:, None],
+}
+
+
+@every_divergence
+@pytest.mark.parametrize("kind", ["bool", "additive"])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
+def test_hidden_tiles(mask, kind, divergence):
+    if kind == "additive":
+        mask = torch.randn(mask.shape).masked_fill(~mask, -torch.inf)
+    sizes = Sizes(B=1, H=2, Lq=200, Lk=700, D=8, Dv=6, Dt=8)
+    check(sizes, attn_mask=mask, divergence=divergence)
+
+
+@every_divergence
+@both_accumulations
+@pytest.mark.parametrize("threads", [2, 3, 5], indirect=True, ids=lambda n: f"{n} threads")
+@pytest.mark.parametrize("Lk", [191, 192, 500, 1100])
+def test_keys_split_between_threads(Lk, threads, dtype, divergence):
+    """One head: the backward pass gives each thread a range of the keys."""
+    check(Sizes(B=1, H=1, Lq=70, Lk=Lk), dtype, divergence=divergence)
+
+
+@every_divergence
+@pytest.mark.parametrize("threads", [2], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
+def test_split_sums_are_rounded_once(threads, dtype, divergence):
+    sizes = Sizes(B=1, H=1, Lq=40, Lk=400)
+    inputs = random_inputs(sizes, dtype)
+    cotangents = random_cotangents(sizes, dtype).only("kl")
+    split = run_backend("cpu", inputs, cotangents, divergence=divergence)["grad_query"]
+    wide = inputs.to(torch.float32)
+    expected = run_backend("cpu", wide, cotangents, divergence=divergence)["grad_query"]
+    torch.testing.assert_close(split, expected.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_padding_lanes_hold_nothing_of_the_previous_panel():
+    """A short last panel of infinite predecessors, and rows alone, give the same bits."""
+    sizes = Sizes(B=1, H=1, Lq=67, Lk=60)
+    inputs, cotangents = random_inputs(sizes), random_cotangents(sizes)
+    first = run_backend("cpu", inputs, cotangents)
+    query = inputs.query.clone()
+    query[:, :, :64] = torch.inf
+    second = run_backend("cpu", inputs._replace(query=query), cotangents)
+    for name in ("output", "kl", "lse", "grad_query"):
+        assert torch.equal(first[name][:, :, 64:], second[name][:, :, 64:]), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_results_do_not_depend_on_what_memory_held(dtype):
+    """Every element of every result is written, and no scratch is read before it is."""
+    sizes = Sizes(B=1, H=2, Lq=37, Lk=61, D=7, Dv=5, Dt=9)
+    inputs, cotangents = random_inputs(sizes, dtype), random_cotangents(sizes, dtype)
+    mask = torch.rand(sizes.Lq, sizes.Lk) > 0.3
+    first = run_backend("cpu", inputs, cotangents, attn_mask=mask)
+    soiled = [torch.full((n,), torch.nan) for n in range(64, 60_000, 997)]
+    del soiled  # the allocator hands this memory out again
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        second = run_backend("cpu", inputs, cotangents, attn_mask=mask)
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert_equal(second, first)

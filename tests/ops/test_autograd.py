@@ -1,0 +1,198 @@
+"""Autograd: gradcheck, the operators' registration, checkpointing, partial gradients."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import attn_kd
+from tests.ops.cases import (
+    DIVERGENCES,
+    Sizes,
+    assert_equal,
+    random_cotangents,
+    random_inputs,
+    run,
+    run_backend,
+)
+
+every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES)
+
+SMALL = Sizes(B=1, H=2, Lq=4, Lk=5, D=3, Dv=2, Dt=4)
+
+
+def small_mask(kind: str) -> Tensor | None:
+    if kind == "no mask":
+        return None
+    visible = torch.rand(SMALL.B, 1, SMALL.Lq, SMALL.Lk) > 0.3
+    visible[:, :, 1] = False  # a row that sees nothing
+    if kind == "bool":
+        return visible
+    return torch.randn(visible.shape, dtype=torch.float64).masked_fill(~visible, -torch.inf)
+
+
+@every_divergence
+@pytest.mark.parametrize("kind", ["no mask", "bool", "additive"])
+@pytest.mark.parametrize("given", [False, True], ids=["computes teacher_lse", "given teacher_lse"])
+def test_gradcheck(backend, divergence, kind, given):
+    inputs, mask = random_inputs(SMALL, torch.float64), small_mask(kind)
+    teacher_lse = None
+    if given:
+        no_value = inputs.teacher_key
+        teacher_lse = attn_kd.attention(*inputs[3:], no_value, attn_mask=mask, scale=1.3).lse
+
+    def function(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        output, kl, lse = attn_kd.attention_kl(
+            query,
+            key,
+            value,
+            *inputs[3:],
+            attn_mask=mask,
+            teacher_lse=teacher_lse,
+            scale=0.8,
+            teacher_scale=1.3,
+            divergence=divergence,
+            backend=backend,
+        )
+        # a difference of infinities is not a number: leave rows that see nothing to test_masks.py
+        return output, kl, lse.masked_fill(lse == -torch.inf, 0)
+
+    student = [tensor.requires_grad_() for tensor in inputs[:3]]
+    assert torch.autograd.gradcheck(function, student)
+
+
+def test_gradcheck_of_attention(backend):
+    inputs = [t.requires_grad_() for t in random_inputs(SMALL, torch.float64)[:3]]
+    assert torch.autograd.gradcheck(
+        lambda q, k, v: tuple(attn_kd.attention(q, k, v, backend=backend)), inputs
+    )
+
+
+@every_divergence
+def test_gradcheck_of_the_divergence_alone(backend, divergence):
+    inputs = random_inputs(SMALL, torch.float64)
+    student = [t.requires_grad_() for t in inputs[:2]]
+
+    def function(query: Tensor, key: Tensor) -> tuple[Tensor, ...]:
+        return tuple(
+            attn_kd.attention_kl_div(
+                query, key, *inputs[3:], divergence=divergence, backend=backend
+            )
+        )
+
+    assert torch.autograd.gradcheck(function, student)
+
+
+@pytest.mark.parametrize(
+    "wanted", [w for n in (1, 2) for w in itertools.combinations(("query", "key", "value"), n)]
+)
+def test_gradient_of_some_inputs_alone(backend, wanted):
+    inputs, cotangents = random_inputs(Sizes()), random_cotangents(Sizes())
+    all_grads = run_backend(backend, inputs, cotangents)
+    leaves = {name: getattr(inputs, name).requires_grad_() for name in wanted}
+    results = attn_kd.attention_kl(*inputs, backend=backend)
+    differentiable = [pair for pair in zip(results, cotangents, strict=True) if pair[0].grad_fn]
+    grads = torch.autograd.grad(
+        [result for result, _ in differentiable],
+        list(leaves.values()),
+        [cotangent for _, cotangent in differentiable],
+    )
+    for name, grad in zip(wanted, grads, strict=True):
+        torch.testing.assert_close(grad, all_grads[f"grad_{name}"])
+
+
+@pytest.mark.filterwarnings("ignore:a teacher tensor requires grad")
+def test_the_teacher_gets_no_gradient(backend):
+    inputs = [tensor.requires_grad_() for tensor in random_inputs(Sizes())]
+    out = attn_kd.attention_kl(*inputs, backend=backend)
+    (out.output.sum() + out.kl.sum() + out.lse.sum()).backward()
+    assert inputs[3].grad is None and inputs[4].grad is None
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_grad_mode(backend, mode):
+    inputs, cotangents = random_inputs(Sizes()), random_cotangents(Sizes())
+    expected = run_backend(backend, inputs, cotangents)
+    inputs.query.requires_grad_()
+    with mode():
+        out = attn_kd.attention_kl(*inputs, backend=backend)
+    assert not any(result.requires_grad for result in out)
+    for name, result in out._asdict().items():
+        torch.testing.assert_close(result, expected[name])
+
+
+def test_gradients_accumulate(backend):
+    inputs, cotangents = random_inputs(Sizes()), random_cotangents(Sizes())
+    expected = run_backend(backend, inputs, cotangents)
+    inputs.query.requires_grad_()
+    for _ in range(2):
+        out = attn_kd.attention_kl(*inputs, backend=backend)
+        torch.autograd.backward(out, cotangents)
+    torch.testing.assert_close(inputs.query.grad, 2 * expected["grad_query"])
+
+
+def test_backward_twice_over_a_retained_graph(cpu_backend):
+    inputs, cotangents = random_inputs(Sizes()), random_cotangents(Sizes())
+    inputs.query.requires_grad_()
+    out = attn_kd.attention_kl(*inputs, backend=cpu_backend)
+    first, second = (
+        torch.autograd.grad(out, inputs.query, cotangents, retain_graph=True)[0] for _ in range(2)
+    )
+    assert torch.equal(first, second)
+
+
+def test_differentiating_the_gradient_is_refused(cpu_backend):
+    inputs = random_inputs(Sizes())
+    query = inputs.query.requires_grad_()
+    out = attn_kd.attention_kl(*inputs, backend=cpu_backend)
+    (grad,) = torch.autograd.grad(out.output.square().sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+@every_divergence
+def test_activation_checkpointing(backend, reentrant, divergence):
+    inputs, cotangents = random_inputs(Sizes()), random_cotangents(Sizes())
+
+    def checkpointed(*tensors: Tensor) -> tuple[Tensor, ...]:
+        def function(*tensors: Tensor) -> tuple[Tensor, ...]:
+            return tuple(attn_kd.attention_kl(*tensors, divergence=divergence, backend=backend))
+
+        return checkpoint(function, *tensors, use_reentrant=reentrant)
+
+    expected = run_backend(backend, inputs, cotangents, divergence=divergence)
+    # reentrant checkpoints support backward() alone
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs[:3]]
+    results = checkpointed(*leaves, *inputs[3:])
+    torch.autograd.backward(results, cotangents)
+    for leaf, name in zip(leaves, ("query", "key", "value"), strict=True):
+        assert torch.equal(leaf.grad, expected[f"grad_{name}"]), name
+
+
+def test_functional_grad(cpu_backend):
+    inputs = random_inputs(Sizes())
+
+    def loss(query: Tensor) -> Tensor:
+        return attn_kd.attention_kl(query, *inputs[1:], backend=cpu_backend).kl.sum()
+
+    expected = torch.autograd.grad(loss(inputs.query.requires_grad_()), inputs.query)[0]
+    torch.testing.assert_close(torch.func.grad(loss)(inputs.query.detach()), expected)
+
+
+def test_autograd_function_is_what_the_operator_runs(cpu_backend):
+    inputs, cotangents = random_inputs(Sizes()), random_cotangents(Sizes())
+    scale, teacher_scale = 0.5, 0.25
+
+    def function(*tensors: Tensor) -> tuple[Tensor, ...]:
+        options = (None, None, scale, teacher_scale, "reverse_kl")
+        return attn_kd.FusedAttentionKL.apply(*tensors, *options)[:3]
+
+    assert_equal(
+        run(function, inputs, cotangents),
+        run_backend(cpu_backend, inputs, cotangents, scale=scale, teacher_scale=teacher_scale),
+    )

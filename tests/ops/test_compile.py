@@ -1,0 +1,92 @@
+"""torch.compile traces the operators as one graph, and its results are those of eager code."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import attn_kd
+from tests.ops.cases import DIVERGENCES, Sizes, random_cotangents, random_inputs, run
+
+every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def operator(backend: str, **options) -> Callable:
+    def function(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, *rest = tensors
+        out = attn_kd.attention_kl(query * 1.5, *rest, backend=backend, **options)
+        return out.output + 1, out.kl, out.lse
+
+    return function
+
+
+def check(function: Callable, compiled: Callable, sizes: Sizes) -> None:
+    inputs, cotangents = random_inputs(sizes), random_cotangents(sizes)
+    expected = run(function, inputs, cotangents)
+    actual = run(compiled, inputs, cotangents)
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name])
+
+
+@every_divergence
+@pytest.mark.parametrize("masked", [False, True], ids=["no mask", "mask"])
+def test_whole_graph(backend, divergence, masked):
+    sizes = Sizes()
+    mask = (torch.rand(sizes.Lq, sizes.Lk) > 0.3) if masked else None
+    function = operator(backend, divergence=divergence, attn_mask=mask)
+    check(function, torch.compile(function, backend="aot_eager", fullgraph=True), sizes)
+
+
+def test_attention_and_divergence_alone(cpu_backend):
+    def function(query, key, value, teacher_query, teacher_key):
+        attention = attn_kd.attention(query, key, value, backend=cpu_backend)
+        alone = attn_kd.attention_kl_div(
+            query, key, teacher_query, teacher_key, backend=cpu_backend
+        )
+        return attention.output, alone.kl, attention.lse + alone.lse
+
+    check(function, torch.compile(function, backend="aot_eager", fullgraph=True), Sizes())
+
+
+def test_dynamic_shapes_are_not_compiled_again(cpu_backend):
+    function = operator(cpu_backend)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, backend=counter, fullgraph=True, dynamic=True)
+    check(function, compiled, Sizes(Lq=13, Lk=29))
+    compiled_frames = counter.frame_count
+    for Lq, Lk in ((14, 30), (70, 150), (5, 200)):
+        check(function, compiled, Sizes(Lq=Lq, Lk=Lk))
+    assert counter.frame_count == compiled_frames > 0
+
+
+def test_teacher_without_grad_mode_inside_the_graph(cpu_backend):
+    """As a distiller runs it: the teacher's own attention first, its LSE given on."""
+
+    def function(query, key, value, teacher_query, teacher_key):
+        with torch.no_grad():
+            lse = attn_kd.attention(teacher_query, teacher_key, teacher_key).lse
+        return tuple(
+            attn_kd.attention_kl(
+                query, key, value, teacher_query, teacher_key, teacher_lse=lse, backend=cpu_backend
+            )
+        )
+
+    check(function, torch.compile(function, backend="aot_eager", fullgraph=True), Sizes())
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++")
+def test_inductor(cpu_backend):
+    function = operator(cpu_backend)
+    check(function, torch.compile(function, fullgraph=True), Sizes())
