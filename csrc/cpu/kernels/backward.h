@@ -126,27 +126,36 @@ class BackwardWorker {
   // that see no key, get an infinite LSE, so that their probabilities are exactly 0.
   void row_constants(int64_t at, int64_t rows) {
     const auto read = [at](const void* values, int64_t row) {
-      return values ? static_cast<const T*>(values)[at + row] : T(0);
+      return values ? static_cast<double>(static_cast<const T*>(values)[at + row]) : 0.0;
     };
     fill(lse_, P, static_cast<T>(__builtin_inf()));
     fill(teacher_lse_, P, static_cast<T>(__builtin_inf()));
     fill(offset_, P, T(0));
     fill(slope_, P, T(0));
     for (int64_t row = 0; row < rows; ++row) {
-      const T lse = T(kLog2e) * read(p_.lse, row);
-      if (lse == -static_cast<T>(__builtin_inf())) continue;
-      lse_[row] = lse;
-      T offset = read(p_.grad_lse, row);
-      for (int64_t i = 0; i < value_dim_; ++i)
-        offset -= grad_output_rows_[row * value_ld_ + i] * rows_[row * value_ld_ + i];
+      const double lse = kLog2e * read(p_.lse, row);
+      if (lse == -__builtin_inf()) continue;
+      lse_[row] = static_cast<T>(lse);
+      double offset = read(p_.grad_lse, row) -
+                      dot(grad_output_rows_ + row * value_ld_, rows_ + row * value_ld_, value_ld_);
       if constexpr (Div::kTeacher) {
-        const T grad = read(p_.grad_kl, row);
-        teacher_lse_[row] = T(kLog2e) * read(p_.teacher_lse, row);
-        offset += Div::offset(grad, read(p_.kl, row), lse, teacher_lse_[row]);
-        slope_[row] = Div::slope(grad);
+        const double grad = read(p_.grad_kl, row);
+        const double teacher_lse = kLog2e * read(p_.teacher_lse, row);
+        teacher_lse_[row] = static_cast<T>(teacher_lse);
+        offset += Div::offset(grad, read(p_.kl, row), lse, teacher_lse);
+        slope_[row] = static_cast<T>(Div::slope(grad));
       }
-      offset_[row] = offset;
+      offset_[row] = static_cast<T>(offset);
     }
+  }
+
+  // Of two scratch rows of whole vectors.
+  static double dot(const T* a, const T* b, int64_t length) {
+    vec<T> products{};
+    for (int64_t i = 0; i < length; i += kLanes<T>) products += load(a + i) * load(b + i);
+    double sum = 0;
+    for (int lane = 0; lane < kLanes<T>; ++lane) sum += products[lane];
+    return sum;
   }
 
   void tile(int64_t key, int64_t keys, int64_t rows) {

@@ -66,6 +66,13 @@ inline vec<T> reference(vec<T> max) {
   return max == kMasked<T> ? vec<T>{} : max;
 }
 
+// Adds a tile's sum to what came before it, which shrinks as the maximum rises. Tiles are summed
+// from zero, so that rounding errors do not grow with the number of keys.
+template <class T>
+inline void add_tile(T* running, vec<T> shrink, vec<T> tile_sum) {
+  store<T>(running, load(running) * shrink + tile_sum);
+}
+
 // Turns the tile's logits into p = 2^(s - max) and adds them to the running sums of one vector of
 // lanes. `logits` and `teacher` point at the lanes' column of the tiles.
 template <class Div, bool kTeacherLse, class T>
@@ -75,20 +82,16 @@ inline void sweep(T* logits, const T* teacher, int64_t keys, const RunningSums<T
   const vec<T> before = load(sums.max + lane);
   const vec<T> shrink = raise_max(logits, keys, sums.max + lane);
   const vec<T> highest = load(sums.max + lane), max = reference<T>(highest);
-  vec<T> sum = load(sums.sum + lane), weighted{}, teacher_sum{}, teacher_max{},
-         teacher_shrink = broadcast(T(1));
-  if constexpr (Div::kTeacher) weighted = load(sums.weighted + lane);
+  vec<T> teacher_max{}, teacher_shrink = broadcast(T(1));
   if constexpr (kTeacherSum) {
     if constexpr (!kTeacherLse) teacher_shrink = raise_max(teacher, keys, sums.teacher_max + lane);
     teacher_max = reference<T>(load(sums.teacher_max + lane));
-    teacher_sum = load(sums.teacher_sum + lane) * teacher_shrink;
   }
-  weighted *= Div::kTeacherProbability ? teacher_shrink : shrink;
-  sum *= shrink;
   if (!all_equal<T>(before, highest))
     for (int64_t row = 0; row < value_dim; ++row)
       store<T>(output + row * kPanel<T>, load(output + row * kPanel<T>) * shrink);
 
+  vec<T> sum{}, weighted{}, teacher_sum{};  // of this tile
   for (int64_t key = 0; key < keys; ++key) {
     T* at = logits + key * kPanel<T>;
     const vec<T> s = load(at);
@@ -105,9 +108,10 @@ inline void sweep(T* logits, const T* teacher, int64_t keys, const RunningSums<T
       weighted += Div::term(p, pt, s - t);
     }
   }
-  store<T>(sums.sum + lane, sum);
-  if constexpr (Div::kTeacher) store<T>(sums.weighted + lane, weighted);
-  if constexpr (kTeacherSum) store<T>(sums.teacher_sum + lane, teacher_sum);
+  add_tile(sums.sum + lane, shrink, sum);
+  if constexpr (Div::kTeacher)
+    add_tile(sums.weighted + lane, Div::kTeacherProbability ? teacher_shrink : shrink, weighted);
+  if constexpr (kTeacherSum) add_tile(sums.teacher_sum + lane, teacher_shrink, teacher_sum);
 }
 
 // Query rows on their way through the keys, one SIMD lane a row.
@@ -210,29 +214,28 @@ class ForwardWorker {
     const RunningSums<T>& sums = panel.sums;
     T inverse_sum[P];
     for (int64_t row = 0; row < panel.rows; ++row) {
-      const T sum = sums.sum[row];
-      const bool sees_no_key = p_.mask && sum == 0;
-      inverse_sum[row] = sees_no_key ? T(0) : 1 / sum;
-      const T lse = sees_no_key ? -static_cast<T>(__builtin_inf()) : sums.max[row] + log2(sum);
-      static_cast<T*>(p_.lse)[at + row] = T(kLn2) * lse;
+      const bool sees_no_key = p_.mask && sums.sum[row] == 0;
+      inverse_sum[row] = sees_no_key ? T(0) : 1 / sums.sum[row];
+      // In double: the divergence is a small difference of these logarithms.
+      const double sum = static_cast<double>(sums.sum[row]);
+      const double lse = sees_no_key ? -__builtin_inf() : sums.max[row] + __builtin_log2(sum);
+      static_cast<T*>(p_.lse)[at + row] = static_cast<T>(kLn2 * lse);
       if constexpr (Div::kTeacher) {
-        T teacher_lse = sums.teacher_max[row];
+        const double teacher_sum = static_cast<double>(sums.teacher_sum[row]);
+        double teacher_lse = sums.teacher_max[row];
         if constexpr (!kTeacherLse) {
-          teacher_lse = sees_no_key ? lse : teacher_lse + log2(sums.teacher_sum[row]);
-          static_cast<T*>(p_.teacher_lse)[at + row] = T(kLn2) * teacher_lse;
+          teacher_lse = sees_no_key ? lse : teacher_lse + __builtin_log2(teacher_sum);
+          static_cast<T*>(p_.teacher_lse)[at + row] = static_cast<T>(kLn2 * teacher_lse);
         }
-        const T divergence =
-            Div::finish(sums.weighted[row], sum, sums.teacher_sum[row], lse, teacher_lse);
-        static_cast<T*>(p_.kl)[at + row] = sees_no_key ? T(0) : T(kLn2) * divergence;
+        const double divergence = Div::finish(static_cast<double>(sums.weighted[row]), sum,
+                                              teacher_sum, lse, teacher_lse);
+        static_cast<T*>(p_.kl)[at + row] = static_cast<T>(sees_no_key ? 0 : kLn2 * divergence);
       }
     }
     transpose_from_panel(panel.output, panel.rows, p_.value_dim, inverse_sum, rows_, p_.value_dim);
     store_rows(rows_, p_.value_dim, T(1), p_.output, b, h, panel.first_row, panel.rows,
                p_.value_dim);
   }
-
-  static float log2(float x) { return __builtin_log2f(x); }
-  static double log2(double x) { return __builtin_log2(x); }
 
   const ForwardProblem& p_;
   QueryPanel<T> panels_[cpu::kMaxPanelsPerTask];

@@ -36,11 +36,9 @@ template <int Rows, int Vectors, bool UnitRows, bool Accumulate, class T>
 void micro_kernel(int64_t depth, Left<T> a, const T* b, int64_t ldb, T* c, int64_t ldc) {
   constexpr int W = kLanes<T>;
   const int64_t row_stride = UnitRows ? 1 : a.row_stride;
-  vec<T> acc[Rows][Vectors];
-#pragma GCC unroll 16
-  for (int m = 0; m < Rows; ++m)
-#pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) acc[m][v] = Accumulate ? load(c + m * ldc + v * W) : vec<T>{};
+  // C is added at the end: summing a tile from zero keeps rounding errors from growing with the
+  // number of keys.
+  vec<T> acc[Rows][Vectors] = {};
 
   const T* column = a.data;
   for (int64_t k = 0; k < depth; ++k) {
@@ -60,7 +58,10 @@ void micro_kernel(int64_t depth, Left<T> a, const T* b, int64_t ldb, T* c, int64
 #pragma GCC unroll 16
   for (int m = 0; m < Rows; ++m)
 #pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) store(c + m * ldc + v * W, acc[m][v]);
+    for (int v = 0; v < Vectors; ++v) {
+      T* at = c + m * ldc + v * W;
+      store<T>(at, Accumulate ? load(at) + acc[m][v] : acc[m][v]);
+    }
 }
 
 template <class T>
