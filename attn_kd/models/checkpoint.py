@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -45,6 +46,7 @@ def save_detector(
         processor.save_pretrained(staging)
         for name, value in (extra or {}).items():
             (staging / f"{name}.json").write_text(json.dumps(value, indent=2) + "\n")
+        shutil.copymode(staging / CONFIG_FILE, staging / WEIGHTS_FILE)  # safetensors' are private
         for path in sorted(staging.iterdir(), key=lambda path: path.name == CONFIG_FILE):
             os.replace(path, folder / path.name)
 

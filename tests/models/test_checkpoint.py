@@ -79,6 +79,10 @@ def test_saving_leaves_nothing_temporary(folder):
     assert {path.name for path in folder.iterdir()} == expected
 
 
+def test_all_files_can_be_read_by_the_same_users(folder):
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "preprocessor_config.json"])
 def test_missing_file_is_named(folder, name):
     (folder / name).unlink()
