@@ -18,12 +18,10 @@ def require_backend(name: str) -> str:
     return name
 
 
-@pytest.fixture(params=["cpu", "reference", "reference-in-blocks"])
+@pytest.fixture(params=["cpu", "reference"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The name of a backend; the reference also as it runs on long sequences, block by block."""
-    if request.param == "reference-in-blocks":
-        monkeypatch.setattr(reference, "_BLOCK_ELEMENTS", 2000)
-        return "reference"
+    """The name of a backend; the reference with blocks so small that most sizes need several."""
+    monkeypatch.setattr(reference, "_BLOCK_ELEMENTS", 10_000)
     return require_backend(request.param)
 
 
