@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 
 import torch
 
-from attn_kd.data import CocoDetection
+from attn_kd.data import CocoDetection, DetectionCollator
 from attn_kd.models import load_detector
 from attn_kd.report.memory import AttentionMemory, measure_attention_memory
 from attn_kd.report.results import ROLES, Run
@@ -20,8 +22,11 @@ from attn_kd.training import (
     attention_divergence,
     distill_detector,
     evaluate_detector,
+    images_per_second,
     train_detector,
 )
+
+_SPEED_ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -88,17 +93,34 @@ class Comparison:
 
     def _measure(self) -> dict[str, Any]:
         dataset = CocoDetection(self.data, "test")
-        teacher, _ = load_detector(self.out / "teacher")
+        models, processors = {}, {}
+        for role in ROLES:
+            models[role], processors[role] = load_detector(self.out / role)
         measured: dict[str, Any] = {}
         for role in ROLES:
-            model, processor = load_detector(self.out / role)
-            measured[role] = {
-                "metrics": evaluate_detector(model, processor, dataset, device=self.device),
-                "attention_kl": None
-                if role == "teacher"
-                else attention_divergence(teacher, model, processor, dataset, device=self.device),
-            }
+            data = (processors[role], dataset)
+            metrics = evaluate_detector(models[role], *data, device=self.device)
+            divergence = None
+            if role != "teacher":
+                pair = models["teacher"], models[role]
+                divergence = attention_divergence(*pair, *data, device=self.device)
+            measured[role] = {"metrics": metrics, "attention_kl": divergence}
+        image = DetectionCollator(processors["teacher"])([dataset[0]])
+        for role, speed in _compare_speeds(models, image).items():
+            measured[role]["metrics"]["images_per_second"] = speed
         return measured
+
+
+def _compare_speeds(models: Mapping[str, Any], image: dict[str, Any]) -> dict[str, float]:
+    """Images per second of each model, one image at a time: the median of interleaved rounds.
+
+    What else the machine does changes by the second; in turn, it hits all models alike.
+    """
+    speeds: dict[str, list[float]] = {role: [] for role in models}
+    for _ in range(_SPEED_ROUNDS):
+        for role, model in models.items():
+            speeds[role].append(images_per_second(model, image))
+    return {role: statistics.median(found) for role, found in speeds.items()}
 
 
 def measure_memory(stages: Stages, tokens: int) -> AttentionMemory | None:

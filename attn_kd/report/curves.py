@@ -122,11 +122,13 @@ def _span(curves: Sequence[Curve]) -> float:
 
 
 def running_median(values: Sequence[float], window: int) -> np.ndarray:
-    """The median of each value and ``window`` neighbours to either side; fewer at the ends."""
+    """The median of each value and ``window`` neighbours to either side.
+
+    Towards the ends there are fewer, to both sides alike, so that a slope is not flattened.
+    """
     array = np.asarray(values, dtype=float)
-    return np.array(
-        [np.median(array[max(0, i - window) : i + window + 1]) for i in range(len(array))]
-    )
+    reach = [min(window, i, len(array) - 1 - i) for i in range(len(array))]
+    return np.array([np.median(array[i - r : i + r + 1]) for i, r in enumerate(reach)])
 
 
 def _inline(svg: str, title: str) -> str:

@@ -51,18 +51,15 @@ def _attention_row(
     width, height = sample.image.size
     token = teacher.token_at((x1 + x2) / 2 / width, (y1 + y2) / 2 / height)
     query = _middle(token, teacher, width, height)
-    rows = {role: one.row(token) for role, one in attention.items()}
-    highest = max(row.max().item() for row in rows.values())
-
     label = f"frame {number} with the query position"
     cells = [f"<div>{draw_query(sample, query, label=label)}{_note(sample.caption)}</div>"]
     for run in results.runs:
         label = f"Attention of {run.name} in frame {number}"
-        picture = draw_attention(sample, rows[run.role], query, highest=highest, label=label)
-        if run.role == "teacher":
-            note = f"brightest: {highest:.3f}"
-        else:
-            note = f"KL {row_divergence(attention[run.role], teacher, token):.3f} nats"
+        weights = attention[run.role].row(token)
+        picture = draw_attention(sample, weights, query, label=label)
+        note = f"brightest {weights.max():.3f}"
+        if run.role != "teacher":
+            note += f", KL {row_divergence(attention[run.role], teacher, token):.3f}"
         cells.append(f"<div>{picture}{_note(note)}</div>")
     return cells
 

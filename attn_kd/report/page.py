@@ -49,8 +49,9 @@ def _page(results: Results, samples: Sequence[Sample], detectors: dict[str, Dete
         _section(
             "Attention maps",
             "<p>Where the last encoder layer looks from one position, marked by a ring at the "
-            "middle of the labelled object: the average over heads, in the same colours for all "
-            "three. Under each map, how far it is from the teacher's.</p>",
+            "middle of the labelled object: the average over heads, each from dark (0) to its own "
+            "brightest. Under each map, its largest weight, and its KL from the teacher's in "
+            "nats.</p>",
             attention_gallery(
                 [sample for sample in samples if sample.boxes][:3], detectors, results
             ),

@@ -42,17 +42,16 @@ def draw_scene(sample: Sample, role: str, detections: Detections, *, label: str)
 
 
 def draw_attention(
-    sample: Sample, weights: Tensor, query: tuple[float, float], *, highest: float, label: str
+    sample: Sample, weights: Tensor, query: tuple[float, float], *, label: str
 ) -> str:
     """The frame, darkened, with attention ``weights`` [h, w] over it and the query marked.
 
     Args:
         query: the middle of the token that attends, in pixels.
-        highest: the weight that is shown brightest, the same for maps that are to be compared.
     """
     shapes = [
         _image(sample.image),
-        _image(_heat(weights, highest), sample.image.size, pixelated=True),
+        _image(_heat(weights), sample.image.size, pixelated=True),
         _query_mark(query, max(sample.image.size) / 128),
     ]
     return _svg(sample.image.size, shapes, label)
@@ -87,9 +86,9 @@ def _image(
     )
 
 
-def _heat(weights: Tensor, highest: float) -> PIL.Image.Image:
-    """Weights as colours; weak ones let the frame shine through."""
-    share = (weights / highest).clamp(0, 1).numpy()
+def _heat(weights: Tensor) -> PIL.Image.Image:
+    """Weights as shares of the largest, in colours; weak ones let the frame shine through."""
+    share = (weights / weights.max()).numpy()
     rgba = matplotlib.colormaps["inferno"](share)
     rgba[..., 3] = 0.55 + 0.4 * share
     return PIL.Image.fromarray(np.round(255 * rgba).astype(np.uint8), mode="RGBA")

@@ -27,6 +27,10 @@ def test_running_median_ignores_an_outlier():
     assert running_median([1, 1, 100, 1, 1], window=1).tolist() == [1, 1, 1, 1, 1]
 
 
+def test_running_median_keeps_a_slope():
+    assert running_median([1, 2, 3, 4, 5], window=2).tolist() == [1, 2, 3, 4, 5]
+
+
 @pytest.mark.parametrize("values", [[0.4, 0.41], [0.01, 1.0], [0.0, 1.0], []], ids=str)
 def test_figure_is_one_named_element_in_the_pages_colours(values):
     curve = Curve("student", "Distilled 1/1", list(range(len(values))), values)

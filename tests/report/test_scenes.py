@@ -46,7 +46,7 @@ def test_scene_shows_label_and_detections():
 
 def test_attention_is_brightest_where_the_weight_is():
     weights = torch.tensor([[0.0, 0.1], [0.2, 0.7]])
-    svg = draw_attention(SAMPLE, weights, (96, 48), highest=0.7, label="map")
+    svg = draw_attention(SAMPLE, weights, (96, 48), label="map")
     _, overlay = elements(svg, "image")
     assert (overlay["width"], overlay["height"]) == ("128", "64")
     brightness = picture(overlay).astype(float).sum(axis=-1)
