@@ -110,7 +110,8 @@ def attention_kl(
         attn_mask: as in `scaled_dot_product_attention`: bool (True = may attend) or additive
             float, broadcastable to [B, H, Lq, Lk]; applies to student and teacher alike. A bias of
             -5e29 or less, such as torch.finfo(torch.float32).min, hides a key as -inf does. A row
-            that sees no key gives output 0, kl 0, lse -inf and zero gradients.
+            that sees no key gives output 0, kl 0, lse -inf and zero gradients. Keys that a mask
+            without a query dimension (key padding) hides may hold anything, NaN included.
         scale, teacher_scale: factors on the logits; default D ** -0.5 and Dt ** -0.5.
         divergence: "reverse_kl" or "forward_kl".
         head_reduction: "none": one map, and one divergence, per head.

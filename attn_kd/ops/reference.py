@@ -50,6 +50,13 @@ def attention_kl_reference(
         teacher_query, teacher_key = teacher_query.to(wide), teacher_key.to(wide)
     if teacher_lse is not None:
         teacher_lse = teacher_lse.to(wide)
+    visible = _visible(attn_mask)
+    if attn_mask is not None and visible is not None and attn_mask.stride(2) == 0:
+        # A key padding mask: what fills the padding, NaN perhaps, must not reach a product.
+        padding = ~visible[:, :, 0, :, None]
+        key, value = key.masked_fill(padding, 0.0), value.masked_fill(padding, 0.0)
+        if teacher_key is not None:
+            teacher_key = teacher_key.masked_fill(padding, 0.0)
 
     batch, heads, rows, _ = query.shape
     block = max(1, min(rows, _BLOCK_ELEMENTS // (batch * heads * key.shape[2])))

@@ -160,19 +160,23 @@ class BackwardWorker {
 
   void tile(int64_t key, int64_t keys, int64_t rows) {
     const int64_t vectors = round_up(rows, kLanes<T>) / kLanes<T>;
-    const T* k = key_ + key * p_.head_dim;
+    T* k = key_ + key * p_.head_dim;
+    T* tk = teacher_key_ + key * p_.teacher_dim;
+    T* v = value_ + key * value_dim_;
+    bias_.clear_hidden(k, keys, p_.head_dim);
+    bias_.clear_hidden(tk, keys, p_.teacher_dim);
+    bias_.clear_hidden(v, keys, value_dim_);
     gemm<false, false>(keys, vectors, p_.head_dim, Left<T>{k, p_.head_dim, 1}, query_, P, logits_,
                        P);
     bias_.add_to(logits_, keys, vectors);
     if constexpr (Div::kTeacher) {
-      const T* tk = teacher_key_ + key * p_.teacher_dim;
       gemm<false, false>(keys, vectors, p_.teacher_dim, Left<T>{tk, p_.teacher_dim, 1},
                          teacher_query_, P, teacher_logits_, P);
       bias_.add_to(teacher_logits_, keys, vectors);
     }
     // With no gradient of the output the depth is 0, and the product writes zeros.
-    gemm<false, false>(keys, vectors, value_dim_, Left<T>{value_ + key * value_dim_, value_dim_, 1},
-                       grad_output_, P, grad_probability_, P);
+    gemm<false, false>(keys, vectors, value_dim_, Left<T>{v, value_dim_, 1}, grad_output_, P,
+                       grad_probability_, P);
     for (int64_t lane = 0; lane < vectors * kLanes<T>; lane += kLanes<T>)
       grad_sweep<Div>(logits_ + lane, teacher_logits_ + lane, grad_probability_ + lane, keys,
                       load(lse_ + lane), load(teacher_lse_ + lane), load(offset_ + lane),

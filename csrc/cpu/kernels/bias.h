@@ -46,6 +46,14 @@ class Bias {
     return any_visible;
   }
 
+  // Zeroes the rows of keys that no query sees, whose contents, NaN from padding perhaps, must not
+  // reach a product, not even against a probability of 0.
+  void clear_hidden(T* rows, int64_t keys, int64_t width) const {
+    if (!mask_ || !per_key_) return;
+    for (int64_t key = 0; key < keys; ++key)
+      if (values_[key] == kMasked<T>) fill(rows + key * width, width, T(0));
+  }
+
   // tile[key * kPanel + row] += bias; masked pairs become kMasked.
   void add_to(T* tile, int64_t keys, int64_t vectors) const {
     if (!mask_) return;

@@ -194,6 +194,9 @@ class ForwardWorker {
 
   void tile(QueryPanel<T>& panel, int64_t keys) {
     const int64_t vectors = panel.vectors();
+    bias_.clear_hidden(key_, keys, p_.head_dim);
+    bias_.clear_hidden(teacher_key_, keys, p_.teacher_dim);
+    bias_.clear_hidden(value_, keys, p_.value_dim);
     gemm<false, false>(keys, vectors, p_.head_dim, Left<T>{key_, p_.head_dim, 1}, panel.query, P,
                        logits_, P);
     bias_.add_to(logits_, keys, vectors);
