@@ -12,8 +12,10 @@ from typing import Any
 
 from attn_kd.errors import InputError
 from attn_kd.ops import (
+    AttentionKLDivOutput,
     AttentionKLOutput,
     AttentionOutput,
+    BackendStatus,
     FusedAttentionKL,
     attention,
     attention_kl,
@@ -25,8 +27,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AttentionDistiller",
+    "AttentionKLDivOutput",
     "AttentionKLOutput",
     "AttentionOutput",
+    "BackendStatus",
     "FusedAttentionKL",
     "InputError",
     "attention",

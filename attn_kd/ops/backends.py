@@ -85,5 +85,5 @@ def _warn_slow_once(reason: str) -> None:
     _warned.add(reason)
     warnings.warn(
         f"attn_kd uses its slow reference backend: {reason}. `attn-kd info` tells more.",
-        stacklevel=4,
+        stacklevel=5,  # whoever called attention_kl
     )

@@ -94,7 +94,7 @@ def expand_mask(attn_mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor 
         raise InputError(f"attn_mask is {attn_mask.dtype}, expected torch.bool or a floating dtype")
     if attn_mask.device != query.device:
         raise InputError(f"attn_mask is on {attn_mask.device} but query is on {query.device}")
-    if attn_mask.requires_grad:
+    if attn_mask.requires_grad and torch.is_grad_enabled():
         raise InputError("attn_mask requires grad, but no gradient is computed for it; detach it")
     full = (*query.shape[:3], key.shape[2])
     fits = attn_mask.dim() <= 4 and all(

@@ -104,14 +104,17 @@ def attention_kl(
             unit last stride are read in place. Under autocast they are cast as
             `scaled_dot_product_attention` casts its own.
         teacher_query, teacher_key: any of these dtypes; may be wider or narrower than the
-            student's, with another head_dim.
+            student's, with another head_dim. Autocast leaves them as they are.
         teacher_lse: [B, H, Lq] float32, natural log-sum-exp of the scaled and masked teacher
-            logits (`attention(...).lse`); computed on the way if None.
+            logits (`attention(...).lse`, of tensors of the dtype given here); computed on the way
+            if None.
         attn_mask: as in `scaled_dot_product_attention`: bool (True = may attend) or additive
             float, broadcastable to [B, H, Lq, Lk]; applies to student and teacher alike. A bias of
-            -5e29 or less, such as torch.finfo(torch.float32).min, hides a key as -inf does. A row
-            that sees no key gives output 0, kl 0, lse -inf and zero gradients. Keys that a mask
-            without a query dimension (key padding) hides may hold anything, NaN included.
+            -1e6 or less, such as -1e9 or torch.finfo(torch.float32).min, hides a key as -inf does
+            (float16's lowest number, -65504, does not). A row that sees no key gives output 0,
+            kl 0, lse -inf and zero gradients. Keys that a mask without a query dimension (key
+            padding) hides may hold anything, NaN included; under other masks a NaN spreads as it
+            does in `scaled_dot_product_attention`.
         scale, teacher_scale: factors on the logits; default D ** -0.5 and Dt ** -0.5.
         divergence: "reverse_kl" or "forward_kl".
         head_reduction: "none": one map, and one divergence, per head.
@@ -124,8 +127,8 @@ def attention_kl(
     """
     query, key, value = _autocast(query, key, value)
     checks.check_student(query, key, value)
-    checks.check_teacher(query, key, teacher_query, teacher_key, teacher_lse)
     checks.check_options(divergence, head_reduction, dropout_p)
+    checks.check_teacher(query, key, teacher_query, teacher_key, teacher_lse)
     teacher = checks.detach_teacher(teacher_query, teacher_key, teacher_lse)
     return AttentionKLOutput(
         *_dispatch(
@@ -162,8 +165,8 @@ def attention_kl_div(
     """
     query, key = _autocast(query, key)
     checks.check_student(query, key, None)
-    checks.check_teacher(query, key, teacher_query, teacher_key, teacher_lse)
     checks.check_options(divergence, head_reduction, 0.0)
+    checks.check_teacher(query, key, teacher_query, teacher_key, teacher_lse)
     teacher = checks.detach_teacher(teacher_query, teacher_key, teacher_lse)
     _, kl, lse = _dispatch(
         backend,
@@ -182,12 +185,17 @@ def attention_kl_div(
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast the student's tensors as autocast casts those of scaled_dot_product_attention."""
     device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
+    if not _autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(
         t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
     )
+
+
+def _autocast_enabled(device_type: str) -> bool:
+    available = torch.amp.is_autocast_available(device_type)
+    return available and torch.is_autocast_enabled(device_type)
 
 
 def _dispatch(
@@ -197,6 +205,8 @@ def _dispatch(
     teacher_dim = 0 if teacher_query is None else teacher_query.shape[3]
     head_dims = (query.shape[3], value.shape[3], teacher_dim)
     if select_backend(backend, query.device, head_dims) == "reference":
+        if not _autocast_enabled(query.device.type):
+            return attention_kl_reference(query, key, value, *rest)
         # The logits stay float32 under autocast too: rounding them spoils the gradient.
         with torch.autocast(query.device.type, enabled=False):
             return attention_kl_reference(query, key, value, *rest)

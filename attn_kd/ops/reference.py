@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 _BLOCK_ELEMENTS = 9 * 1024 * 1024
 
 # An additive mask value up to this one hides the pair as -inf does, in every backend: many masks
-# hold torch.finfo(dtype).min instead.
-_HIDDEN = -5e29
+# are made of -1e9 or torch.finfo(dtype).min.
+_HIDDEN = -1e6
 
 
 def attention_kl_reference(
@@ -43,6 +43,7 @@ def attention_kl_reference(
     inputs = (query, key, value, teacher_query, teacher_key, teacher_lse, attn_mask)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     dtype = query.dtype
+    batch, heads, rows, _ = query.shape
     # Widened here rather than per block, so that the blocks' gradients add up in the wide type.
     wide = torch.promote_types(dtype, torch.float32)
     query, key, value = query.to(wide), key.to(wide), value.to(wide)
@@ -50,15 +51,15 @@ def attention_kl_reference(
         teacher_query, teacher_key = teacher_query.to(wide), teacher_key.to(wide)
     if teacher_lse is not None:
         teacher_lse = teacher_lse.to(wide)
-    visible = _visible(attn_mask)
-    if attn_mask is not None and visible is not None and attn_mask.stride(2) == 0:
+    if attn_mask is not None and (rows == 1 or attn_mask.stride(2) == 0):
         # A key padding mask: what fills the padding, NaN perhaps, must not reach a product.
-        padding = ~visible[:, :, 0, :, None]
+        visible = _visible(attn_mask[:, :, :1])
+        assert visible is not None
+        padding = ~visible.transpose(-1, -2)
         key, value = key.masked_fill(padding, 0.0), value.masked_fill(padding, 0.0)
         if teacher_key is not None:
             teacher_key = teacher_key.masked_fill(padding, 0.0)
 
-    batch, heads, rows, _ = query.shape
     block = max(1, min(rows, _BLOCK_ELEMENTS // (batch * heads * key.shape[2])))
 
     parts = []
@@ -106,15 +107,17 @@ def _attention_kl_rows(
     row_visible = None if visible is None else visible.any(dim=-1)
     logits = _logits(query, key, scale, attn_mask, visible)
     lse = torch.logsumexp(logits, dim=-1)
-    log_attention = logits - lse[..., None]
+    # Not logits - lse: where a row's logits share a large offset, its LSE has no digits left.
+    log_attention = torch.log_softmax(logits, dim=-1)
     output = log_attention.exp() @ value
 
     kl = lse.new_zeros(lse.shape)
     if teacher_query is not None and teacher_key is not None:
         teacher_logits = _logits(teacher_query, teacher_key, teacher_scale, attn_mask, visible)
         if teacher_lse is None:
-            teacher_lse = torch.logsumexp(teacher_logits, dim=-1)
-        log_teacher = teacher_logits - teacher_lse[..., None]
+            log_teacher = torch.log_softmax(teacher_logits, dim=-1)
+        else:
+            log_teacher = teacher_logits - teacher_lse[..., None]
         kl = _DIVERGENCES[divergence](log_attention, log_teacher, visible)
 
     if row_visible is not None:

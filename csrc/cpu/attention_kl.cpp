@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <optional>
 #include <string_view>
 #include <tuple>
@@ -69,11 +70,13 @@ Divergence parse_divergence(std::string_view name) {
   TORCH_CHECK_VALUE(false, "attn_kd: divergence '", name, "' is unknown");
 }
 
-void check_shape(const char* name, const Tensor& x, at::IntArrayRef expected) {
+void check_tensor(const char* name, const Tensor& x, at::IntArrayRef expected) {
   TORCH_CHECK_VALUE(x.sizes() == expected, "attn_kd: ", name, " has shape ", x.sizes(),
                     ", expected ", expected);
   TORCH_CHECK_VALUE(x.device().is_cpu(), "attn_kd: ", name, " is on ", x.device(),
                     ", expected cpu");
+  TORCH_CHECK_TYPE(dtype_of(x) != DType::boolean, "attn_kd: ", name,
+                   " is boolean, expected floating point");
 }
 
 // The student's and teacher's tensors, ready to be read by the kernels.
@@ -81,22 +84,17 @@ struct Arguments {
   Tensor query, key, value;
   OptionalTensor teacher_query, teacher_key, teacher_lse, mask;
 
-  Arguments(const Tensor& query_, const Tensor& key_, const Tensor& value_,
-            const OptionalTensor& teacher_query_, const OptionalTensor& teacher_key_,
-            const OptionalTensor& teacher_lse_, const OptionalTensor& mask_)
-      : query(query_),
-        key(key_),
-        value(value_),
-        teacher_query(teacher_query_),
-        teacher_key(teacher_key_),
-        mask(mask_) {
-    check();
-    query = unit_last_stride(query);
-    key = unit_last_stride(key);
-    value = unit_last_stride(value);
-    teacher_query = unit_last_stride(teacher_query);
-    teacher_key = unit_last_stride(teacher_key);
-    teacher_lse = row_values(teacher_lse_, query);
+  Arguments(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& tq,
+            const OptionalTensor& tk, const OptionalTensor& t_lse,
+            const OptionalTensor& attn_mask) {
+    check(q, k, v, tq, tk, attn_mask);
+    query = unit_last_stride(q);
+    key = unit_last_stride(k);
+    value = unit_last_stride(v);
+    teacher_query = unit_last_stride(tq);
+    teacher_key = unit_last_stride(tk);
+    teacher_lse = row_values(t_lse, q);
+    mask = attn_mask;
   }
 
   Problem problem(double scale, double teacher_scale, std::string_view divergence) const {
@@ -112,6 +110,7 @@ struct Arguments {
     p.key = input(key);
     p.value = input(value);
     p.mask = input(mask);
+    if (p.query_length == 1) p.mask.row_stride = 0;  // then every mask is one of keys alone
     if (teacher_query.has_value()) {
       p.teacher_dim = teacher_query->size(3);
       p.teacher_scale = teacher_scale;
@@ -123,32 +122,34 @@ struct Arguments {
   }
 
  private:
-  void check() const {
-    TORCH_CHECK_VALUE(query.dim() == 4 && key.dim() == 4 && value.dim() == 4,
+  static void check(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& tq,
+                    const OptionalTensor& tk, const OptionalTensor& attn_mask) {
+    TORCH_CHECK_VALUE(q.dim() == 4 && k.dim() == 4 && v.dim() == 4,
                       "attn_kd: query, key and value must have 4 dimensions");
-    const int64_t batch = query.size(0), heads = query.size(1), rows = query.size(2),
-                  keys = key.size(2);
-    check_shape("query", query, {batch, heads, rows, query.size(3)});
-    check_shape("key", key, {batch, heads, keys, query.size(3)});
-    check_shape("value", value, {batch, heads, keys, value.size(3)});
-    TORCH_CHECK_TYPE(
-        key.scalar_type() == query.scalar_type() && value.scalar_type() == query.scalar_type(),
-        "attn_kd: query, key and value must have one dtype");
-    TORCH_CHECK_VALUE(teacher_query.has_value() == teacher_key.has_value(),
+    const int64_t batch = q.size(0), heads = q.size(1), rows = q.size(2), keys = k.size(2);
+    check_tensor("query", q, q.sizes());
+    check_tensor("key", k, {batch, heads, keys, q.size(3)});
+    check_tensor("value", v, {batch, heads, keys, v.size(3)});
+    TORCH_CHECK_TYPE(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
+                     "attn_kd: query, key and value must have one dtype");
+    TORCH_CHECK_VALUE(tq.has_value() == tk.has_value(),
                       "attn_kd: teacher_query and teacher_key come together");
-    if (teacher_query.has_value()) {
-      TORCH_CHECK_VALUE(teacher_query->dim() == 4, "attn_kd: teacher_query must have 4 dimensions");
-      const int64_t width = teacher_query->size(3);
-      check_shape("teacher_query", *teacher_query, {batch, heads, rows, width});
-      check_shape("teacher_key", *teacher_key, {batch, heads, keys, width});
+    if (tq.has_value()) {
+      TORCH_CHECK_VALUE(tq->dim() == 4, "attn_kd: teacher_query must have 4 dimensions");
+      check_tensor("teacher_query", *tq, {batch, heads, rows, tq->size(3)});
+      check_tensor("teacher_key", *tk, {batch, heads, keys, tq->size(3)});
     }
-    if (mask.has_value()) check_shape("attn_mask", *mask, {batch, heads, rows, keys});
+    if (attn_mask.has_value()) {
+      TORCH_CHECK_VALUE(attn_mask->sizes() == at::IntArrayRef({batch, heads, rows, keys}) &&
+                            attn_mask->device().is_cpu(),
+                        "attn_kd: attn_mask must be a CPU tensor expanded to [B, H, Lq, Lk], got ",
+                        attn_mask->sizes());
+    }
   }
 };
 
-template <class Function, class AnyProblem>
-void run(Function f32, Function f64, const AnyProblem& problem, bool in_double, int64_t tasks) {
-  const Function kernel = in_double ? f64 : f32;
+template <class Kernel, class AnyProblem>
+void run(Kernel kernel, const AnyProblem& problem, int64_t tasks) {
   at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { kernel(problem, begin, end); });
 }
 
@@ -184,17 +185,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_kl_forward(
                                           1, std::min(panels, kMaxPanelsPerTask));
   const int64_t tasks_per_head = (panels + p.panels_per_task - 1) / p.panels_per_task;
   const Kernels& kernels = active_kernels();
-  run(kernels.forward_f32, kernels.forward_f64, p, in_double, p.batch * p.heads * tasks_per_head);
+  run(in_double ? kernels.forward_f64 : kernels.forward_f32, p, p.batch * p.heads * tasks_per_head);
   return {out, kl, lse, own_teacher_lse};
 }
 
 // Into how many key ranges a (batch, head) is split so that the threads, each of which gets an
-// equal number of consecutive tasks, finish within a tenth of each other. A range is at least a few
-// tiles.
-int64_t choose_key_splits(int64_t heads, int64_t key_length) {
-  constexpr int64_t kFewestKeys = 96;
-  const int64_t threads = at::get_num_threads();
-  const int64_t most = std::clamp<int64_t>(key_length / kFewestKeys, 1, threads);
+// equal number of consecutive tasks, finish within a tenth of each other. Every range has a partial
+// sum of dQ; together these stay below an eighth of a stored map, or a few MiB where that is less.
+int64_t choose_key_splits(const Problem& p) {
+  constexpr int64_t kFewestKeys = 48, kSmallPartials = 1 << 20;  // elements
+  const int64_t heads = p.batch * p.heads, threads = at::get_num_threads();
+  const int64_t partial = heads * p.query_length * p.head_dim;
+  const int64_t affordable =
+      std::max({int64_t{1}, p.key_length / (8 * p.head_dim), kSmallPartials / partial});
+  const int64_t most =
+      std::min({threads, affordable, std::max<int64_t>(1, p.key_length / kFewestKeys)});
   int64_t best = 1;
   double best_share = 0;
   for (int64_t splits = 1; splits <= most; ++splits) {
@@ -235,8 +240,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_kl_backward(
                        row_kl = teacher ? row_values(kl, query) : std::nullopt;
   const OptionalTensor row_grad_kl = teacher ? row_values(grad_kl, query) : std::nullopt;
   const OptionalTensor row_grad_lse = row_values(grad_lse, query);
-  TORCH_CHECK_VALUE(!teacher || (row_kl && in.teacher_lse),
-                    "attn_kd: kl and teacher_lse are missing");
+  TORCH_CHECK_VALUE(row_lse && (!teacher || (row_kl && in.teacher_lse)),
+                    "attn_kd: lse, or kl and teacher_lse beside grad_kl, are missing");
   p.lse = data_of(row_lse);
   p.kl = data_of(row_kl);
   p.teacher_lse = data_of(in.teacher_lse);
@@ -244,16 +249,18 @@ std::tuple<Tensor, Tensor, Tensor> attention_kl_backward(
   p.grad_lse = data_of(row_grad_lse);
   Tensor attention_rows, grad_output_rows;
   if (grad_output.has_value() && value.numel() > 0) {
+    const std::array<int64_t, 4> shape{p.batch, p.heads, p.query_length, p.value_dim};
+    check_tensor("output", attention_output, shape);
+    check_tensor("grad_output", *grad_output, shape);
     attention_rows = unit_last_stride(attention_output);
     grad_output_rows = unit_last_stride(*grad_output);
-    check_shape("grad_output", grad_output_rows, attention_output.sizes());
     p.output = input(attention_rows);
     p.grad_output = input(grad_output_rows);
   } else {
     grad_value.zero_();
   }
 
-  p.key_splits = choose_key_splits(p.batch * p.heads, p.key_length);
+  p.key_splits = choose_key_splits(p);
   const auto accumulation = accumulation_type(query);
   const bool in_place = p.key_splits == 1 && grad_query.scalar_type() == accumulation;
   const Tensor partial =
@@ -264,7 +271,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_kl_backward(
   p.grad_key = output(grad_key);
   p.grad_value = output(grad_value);
   const Kernels& kernels = active_kernels();
-  run(kernels.backward_f32, kernels.backward_f64, p, accumulation == at::kDouble,
+  run(accumulation == at::kDouble ? kernels.backward_f64 : kernels.backward_f32, p,
       p.batch * p.heads * p.key_splits);
   if (!in_place)
     grad_query.copy_(

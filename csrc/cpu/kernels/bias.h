@@ -13,9 +13,10 @@ inline constexpr double kLn2 = 0.69314718055994530942;
 template <class T>
 inline constexpr T kMasked = sizeof(T) == 4 ? T(-1e30) : T(-1e300);
 
-// An additive mask value up to this one hides the pair as -inf does. Many masks hold the lowest
-// finite number instead, which overflows when it is scaled or summed.
-inline constexpr double kHidden = -5e29;
+// An additive mask value up to this one hides the pair as -inf does: masks are often made of -1e9
+// or of the lowest finite number. Against any other logit its exponential is 0 either way, but a
+// row of such values alone would leave no digits of the logits.
+inline constexpr double kHidden = -1e6;
 
 template <class T>
 class Bias {
@@ -30,20 +31,24 @@ class Bias {
   bool read(int64_t b, int64_t h, int64_t first_row, int64_t rows, int64_t first_key,
             int64_t keys) {
     if (!mask_) return true;
-    const int64_t lanes = per_key_ ? 1 : round_up(rows, kLanes<T>);
-    const int64_t stride = per_key_ ? 1 : kPanel<T>;
-    const int64_t distinct = per_key_ ? 1 : rows;
-    const int64_t origin = mask_.offset(b, h, first_row) + first_key * mask_.column_stride;
+    const int64_t at = mask_.offset(b, h, first_row) + first_key * mask_.column_stride;
+    if (mask_.dtype == DType::boolean)
+      return read(static_cast<const bool*>(mask_.data) + at, rows, keys);
     bool any_visible = false;
-    for (int64_t row = 0; row < lanes; ++row) {
-      for (int64_t key = 0; key < keys; ++key) {
-        const int64_t at = origin + row * mask_.row_stride + key * mask_.column_stride;
-        const T bias = row < distinct ? value_at(at) : T(0);
-        values_[key * stride + row] = bias;
-        any_visible |= row < distinct && bias != kMasked<T>;
-      }
-    }
+    visit_storage(mask_.dtype, [&](auto storage) {
+      any_visible = read(static_cast<const decltype(storage)*>(mask_.data) + at, rows, keys);
+    });
     return any_visible;
+  }
+
+  // Sets seen[row] to 1 for the rows that see any of the keys just read.
+  void mark_seen(T* seen, int64_t keys, int64_t vectors) const {
+    if (!mask_ || per_key_) return fill(seen, vectors * kLanes<T>, T(1));
+    for (int64_t key = 0; key < keys; ++key)
+      for (int64_t lane = 0; lane < vectors * kLanes<T>; lane += kLanes<T>) {
+        const vec<T> bias = load(values_ + key * kPanel<T> + lane);
+        store<T>(seen + lane, bias == kMasked<T> ? load(seen + lane) : broadcast(T(1)));
+      }
   }
 
   // Zeroes the rows of keys that no query sees, whose contents, NaN from padding perhaps, must not
@@ -69,13 +74,25 @@ class Bias {
   }
 
  private:
-  T value_at(int64_t at) const {
-    if (mask_.dtype == DType::boolean)
-      return static_cast<const bool*>(mask_.data)[at] ? T(0) : kMasked<T>;
-    T bias = 0;
-    visit_storage(mask_.dtype, [&](auto storage) {
-      bias = static_cast<T>(widen(static_cast<const decltype(storage)*>(mask_.data)[at]));
-    });
+  // values_[key, row] from the pairs that begin at `mask`. Lanes without a row keep what they held:
+  // nothing is taken from them.
+  template <class S>
+  bool read(const S* mask, int64_t rows, int64_t keys) {
+    const int64_t distinct = per_key_ ? 1 : rows, stride = per_key_ ? 1 : kPanel<T>;
+    bool any_visible = false;
+    for (int64_t row = 0; row < distinct; ++row, mask += mask_.row_stride)
+      for (int64_t key = 0; key < keys; ++key) {
+        const T bias = bias_of(mask[key * mask_.column_stride]);
+        values_[key * stride + row] = bias;
+        any_visible |= bias != kMasked<T>;
+      }
+    return any_visible;
+  }
+
+  static T bias_of(bool visible) { return visible ? T(0) : kMasked<T>; }
+  template <class S>
+  static T bias_of(S stored) {
+    const T bias = static_cast<T>(widen(stored));
     return bias <= T(kHidden) ? kMasked<T> : bias * T(kLog2e);
   }
 

@@ -47,7 +47,6 @@ inline vec<T> exp2_fraction(vec<T> f) {
 
 template <class T>
 inline vec<T> exp2(vec<T> x) {
-  using C = Exp2Constants<T>;
 #if defined(__AVX512F__)
   // vreduce leaves x - round(x), and 0 for an infinite x; vscalef handles underflow and NaN.
   if constexpr (std::is_same_v<T, float>) {
@@ -60,6 +59,7 @@ inline vec<T> exp2(vec<T> x) {
     return (vec<T>)_mm512_scalef_pd((__m512d)exp2_fraction<T>((vec<T>)fraction), n);
   }
 #else
+  using C = Exp2Constants<T>;
   // 2^n is built in the exponent field; results below the smallest normal number become 0.
   typedef typename C::Bits bits __attribute__((vector_size(kVectorBytes)));
   const auto underflow = x < C::kLowest;

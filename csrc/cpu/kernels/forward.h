@@ -15,7 +15,7 @@ namespace attn_kd::ATTN_KD_ISA {
 
 using cpu::ForwardProblem;
 
-// Keys of a forward tile: a multiple of the micro-kernel's 6 rows; two tiles of 48 keys by 64
+// Keys of a forward tile: a multiple of the micro-kernel's 6 rows; two tiles of 96 keys by 64
 // floats are 48 KiB.
 inline constexpr int64_t kForwardKeys = 96;
 
@@ -27,19 +27,22 @@ struct RunningSums {
   T* weighted;     // sum of the divergence's terms
   T* teacher_max;  // the same for the teacher; the given LSE where there is one
   T* teacher_sum;
+  T* seen;  // 1 where the row has seen a key, which only a mask can hide
 
   explicit RunningSums(Scratch<T>& scratch)
       : max(scratch.take(kPanel<T>)),
         sum(scratch.take(kPanel<T>)),
         weighted(scratch.take(kPanel<T>)),
         teacher_max(scratch.take(kPanel<T>)),
-        teacher_sum(scratch.take(kPanel<T>)) {}
+        teacher_sum(scratch.take(kPanel<T>)),
+        seen(scratch.take(kPanel<T>)) {}
 
   void reset(const T* given_teacher_lse, int64_t rows) {
     fill(max, kPanel<T>, kMasked<T>);
     fill(sum, kPanel<T>, T(0));
     fill(weighted, kPanel<T>, T(0));
     fill(teacher_sum, kPanel<T>, T(0));
+    fill(seen, kPanel<T>, T(0));
     fill(teacher_max, kPanel<T>, kMasked<T>);
     if (given_teacher_lse)
       for (int64_t row = 0; row < rows; ++row)
@@ -62,7 +65,7 @@ inline vec<T> raise_max(const T* tile, int64_t keys, T* running_max) {
 // What to subtract from logits whose maximum is `max`: where nothing was visible yet, 0, which
 // leaves masked logits low enough to vanish.
 template <class T>
-inline vec<T> reference(vec<T> max) {
+inline vec<T> origin_of(vec<T> max) {
   return max == kMasked<T> ? vec<T>{} : max;
 }
 
@@ -81,11 +84,11 @@ inline void sweep(T* logits, const T* teacher, int64_t keys, const RunningSums<T
   constexpr bool kTeacherSum = Div::kTeacher && (Div::kTeacherProbability || !kTeacherLse);
   const vec<T> before = load(sums.max + lane);
   const vec<T> shrink = raise_max(logits, keys, sums.max + lane);
-  const vec<T> highest = load(sums.max + lane), max = reference<T>(highest);
+  const vec<T> highest = load(sums.max + lane), max = origin_of<T>(highest);
   vec<T> teacher_max{}, teacher_shrink = broadcast(T(1));
   if constexpr (kTeacherSum) {
     if constexpr (!kTeacherLse) teacher_shrink = raise_max(teacher, keys, sums.teacher_max + lane);
-    teacher_max = reference<T>(load(sums.teacher_max + lane));
+    teacher_max = origin_of<T>(load(sums.teacher_max + lane));
   }
   if (!all_equal<T>(before, highest))
     for (int64_t row = 0; row < value_dim; ++row)
@@ -194,6 +197,7 @@ class ForwardWorker {
 
   void tile(QueryPanel<T>& panel, int64_t keys) {
     const int64_t vectors = panel.vectors();
+    bias_.mark_seen(panel.sums.seen, keys, vectors);
     bias_.clear_hidden(key_, keys, p_.head_dim);
     bias_.clear_hidden(teacher_key_, keys, p_.teacher_dim);
     bias_.clear_hidden(value_, keys, p_.value_dim);
@@ -217,7 +221,7 @@ class ForwardWorker {
     const RunningSums<T>& sums = panel.sums;
     T inverse_sum[P];
     for (int64_t row = 0; row < panel.rows; ++row) {
-      const bool sees_no_key = p_.mask && sums.sum[row] == 0;
+      const bool sees_no_key = sums.seen[row] == 0;
       inverse_sum[row] = sees_no_key ? T(0) : 1 / sums.sum[row];
       // In double: the divergence is a small difference of these logarithms.
       const double sum = static_cast<double>(sums.sum[row]);

@@ -3,7 +3,7 @@
 //
 // B and C hold whole vectors along N; A is read one scalar at a time and broadcast, so it may be
 // stored either way round. Every product of the fused operator is brought into this form without
-// transposing a tile (see attention_kl.h), which leaves a single micro-kernel to tune.
+// transposing a tile (see forward.h and backward.h), which leaves a single micro-kernel to tune.
 #pragma once
 
 #include <utility>
@@ -16,9 +16,7 @@ namespace attn_kd::ATTN_KD_ISA {
 // beside the row of B and one broadcast scalar: 32 registers on AVX-512 and arm64, else 16.
 #if defined(__AVX512F__) || defined(__aarch64__)
 inline constexpr int kMaxVectors = 4;
-constexpr int rows_per_call(int vectors) {
-  return vectors == 4 ? 6 : vectors == 3 ? 8 : vectors == 2 ? 12 : 12;
-}
+constexpr int rows_per_call(int vectors) { return vectors == 4 ? 6 : vectors == 3 ? 8 : 12; }
 #else
 inline constexpr int kMaxVectors = 2;
 constexpr int rows_per_call(int vectors) { return vectors == 2 ? 6 : 8; }

@@ -39,15 +39,21 @@ using vec = typename VectorOf<T>::type;
 template <class T>
 inline constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
 
+// For reading scalars in memory as vectors.
+template <class T>
+struct VectorInMemory {
+  typedef T type __attribute__((vector_size(kVectorBytes), may_alias));
+};
+
 // Scratch memory is aligned to whole vectors, and all vector accesses go to scratch.
 template <class T>
 inline vec<T> load(const T* p) {
-  return *reinterpret_cast<const vec<T>*>(p);
+  return *reinterpret_cast<const typename VectorInMemory<T>::type*>(p);
 }
 
 template <class T>
 inline void store(T* p, vec<T> x) {
-  *reinterpret_cast<vec<T>*>(p) = x;
+  *reinterpret_cast<typename VectorInMemory<T>::type*>(p) = x;
 }
 
 template <class T>
