@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,12 +18,12 @@ def replacing_file(path: str | os.PathLike) -> Iterator[Path]:
     folder must exist; ``OSError`` of the system passes through.
     """
     path = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.parent / (_hidden_name(path.stem) + path.suffix)
+    # Not tempfile: its files are private, and reading the umask to open them up sets it for an
+    # instant, for all threads. Made like this they get the mode of any other file.
+    temporary.touch(exist_ok=False)
     try:
         yield temporary
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes private files
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -34,23 +34,27 @@ def replacing_folder(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a new folder beside ``path``; on success it replaces the folder ``path``, if any.
 
     A folder cannot be replaced in one system call: for an instant, between two renames, ``path``
-    does not exist. It is never there half-filled.
+    does not exist. It is never there half-filled. What interrupts the exchange puts the old folder
+    back; where even that fails it stays beside ``path``, as ``.NAME-…-old``.
     """
     path = Path(path)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    retired = temporary.with_name(f"{temporary.name}-old")
+    temporary = path.parent / _hidden_name(path.name)
+    retired = path.parent / f"{temporary.name}-old"
+    temporary.mkdir()
     try:
         yield temporary
-        os.chmod(temporary, 0o777 & ~_umask())
-        if path.exists():
-            os.rename(path, retired)
-        os.rename(temporary, path)
+        try:
+            if path.exists():
+                os.rename(path, retired)
+            os.rename(temporary, path)
+        except BaseException:  # Ctrl-C included: the old folder may be the only one
+            if retired.exists() and not path.exists():
+                os.rename(retired, path)
+            raise
+        shutil.rmtree(retired, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(retired, ignore_errors=True)
 
 
-def _umask() -> int:
-    mask = os.umask(0)  # the only way to read it is to set it
-    os.umask(mask)
-    return mask
+def _hidden_name(stem: str) -> str:
+    return f".{stem}-{secrets.token_hex(8)}"
