@@ -140,10 +140,12 @@ struct Arguments {
       check_tensor("teacher_key", *tk, {batch, heads, keys, tq->size(3)});
     }
     if (attn_mask.has_value()) {
-      TORCH_CHECK_VALUE(attn_mask->sizes() == at::IntArrayRef({batch, heads, rows, keys}) &&
-                            attn_mask->device().is_cpu(),
-                        "attn_kd: attn_mask must be a CPU tensor expanded to [B, H, Lq, Lk], got ",
-                        attn_mask->sizes());
+      const std::array<int64_t, 4> expected{batch, heads, rows, keys};
+      TORCH_CHECK_VALUE(attn_mask->sizes() == at::IntArrayRef(expected),
+                        "attn_kd: attn_mask has shape ", attn_mask->sizes(), ", expected ",
+                        at::IntArrayRef(expected));
+      TORCH_CHECK_VALUE(attn_mask->device().is_cpu(), "attn_kd: attn_mask is on ",
+                        attn_mask->device(), ", expected cpu");
     }
   }
 };
