@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -110,6 +111,23 @@ def output_folder(path: Path) -> Path:
     except OSError as error:
         raise InputError(f"cannot write to {path}: {error.strerror or error}") from None
     return path
+
+
+def require_writable(folder: Path) -> Path:
+    """Make sure that ``folder``, or the nearest parent there is, takes a file; make no folder.
+
+    Called before the work starts, so that hours of training do not end in a refused write.
+
+    Raises:
+        InputError: it takes none, or is no folder; the message gives the system's reason.
+    """
+    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror or error}") from None
+    return folder
 
 
 def positive_int(text: str) -> int:

@@ -1,7 +1,8 @@
 """Detect objects in images, folders of images, animations and videos.
 
 Writes predictions.json (per frame: source, frame, width, height, picture, and detections with box
-[x1, y1, x2, y2] in pixels, score, label and name) and pictures/ with the boxes drawn in.
+[x1, y1, x2, y2] in pixels, score, label and name) and pictures/ with the boxes drawn in. Earlier
+output in the same folder is replaced, other files never.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from attn_kd.cli._arguments import (
     add_device_argument,
     add_output_argument,
     fraction,
-    output_folder,
     positive_int,
+    require_writable,
     resolve_device,
 )
 
@@ -52,11 +53,12 @@ def run(args: argparse.Namespace) -> int:
 
     device = resolve_device(args.device)
     files = find_sources(args.inputs)
+    out = require_writable(args.out)
     detector = Detector.from_pretrained(args.model, device=device)
     document = write_predictions(
         detector,
         iter_frames(files),
-        output_folder(args.out),
+        out,
         model_name=str(args.model),
         threshold=args.threshold,
         batch_size=args.batch_size,

@@ -56,3 +56,16 @@ def test_device_that_is_not_here_is_refused_by_name(name):
 def test_output_folder_is_made_with_its_parents(tmp_path):
     assert _arguments.output_folder(tmp_path / "a" / "b").is_dir()
     assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+def test_writable_folder_is_not_made_yet(tmp_path):
+    assert _arguments.require_writable(tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["file", "file/out", "dangling"])
+def test_what_takes_no_files_is_refused_by_name(name, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=f"cannot write to .*{name}"):
+        _arguments.require_writable(tmp_path / name)

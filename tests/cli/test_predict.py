@@ -41,7 +41,19 @@ def test_broken_picture_ends_in_one_line(model, tmp_path, capsys):
     assert main(arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "broken.png" in line
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_pictures_of_the_user_are_never_replaced(model, tmp_path, monkeypatch, capsys):
+    (tmp_path / "pictures").mkdir()
+    PIL.Image.new("L", (40, 30)).save(tmp_path / "pictures" / "a.png")
+    (tmp_path / "pictures" / "notes.txt").write_text("mine")
+    before = {path: path.read_bytes() for path in (tmp_path / "pictures").iterdir()}
+    monkeypatch.chdir(tmp_path)
+    assert main(["predict", "--model", str(model), "pictures", "--out", "."]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "pictures holds a.png" in line
+    assert {path: path.read_bytes() for path in (tmp_path / "pictures").iterdir()} == before
 
 
 def test_broken_model_ends_in_one_line(model, tmp_path, capsys):

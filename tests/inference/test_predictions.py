@@ -21,7 +21,6 @@ def save_grey(file, width=60, height=40):
 
 
 def write(detector, files, out, **options):
-    out.mkdir(exist_ok=True)
     return write_predictions(detector, iter_frames(files), out, model_name="m", **options)
 
 
@@ -65,7 +64,72 @@ def test_broken_frame_leaves_earlier_output_alone(detector, tmp_path):
     assert after == before
 
 
+def test_broken_frame_leaves_no_folder(detector, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(InputError, match=r"broken\.png"):
+        write(detector, [tmp_path / "broken.png"], tmp_path / "new" / "out")
+    assert not (tmp_path / "new").exists()
+
+
 def test_without_pictures_there_is_one_file(detector, tmp_path):
     document = write(detector, [save_grey(tmp_path / "a.png")], tmp_path / "out", pictures=False)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["predictions.json"]
     assert document["frames"][0]["picture"] is None
+
+
+def test_earlier_output_is_replaced(detector, tmp_path):
+    out = tmp_path / "out"
+    write(detector, [save_grey(tmp_path / "a.png")], out)
+    write(detector, [save_grey(tmp_path / "b.png")], out)
+    assert [path.name for path in (out / "pictures").iterdir()] == ["b.png"]
+
+
+@pytest.mark.parametrize("earlier_output", [False, True])
+def test_foreign_files_among_the_pictures_survive(earlier_output, detector, tmp_path):
+    picture = save_grey(tmp_path / "a.png")
+    out = tmp_path / "out"
+    if earlier_output:
+        write(detector, [picture], out)
+    (out / "pictures").mkdir(parents=True, exist_ok=True)
+    (out / "pictures" / "notes.txt").write_text("mine")
+    before = sorted(out.rglob("*"))
+    with pytest.raises(InputError, match=r"pictures holds notes\.txt"):
+        write(detector, [picture], out)
+    assert sorted(out.rglob("*")) == before
+    assert (out / "pictures" / "notes.txt").read_text() == "mine"
+
+
+def test_inputs_in_a_folder_called_pictures_survive(detector, tmp_path):
+    file = save_grey(tmp_path / "pictures" / "a.png")
+    before = file.read_bytes()
+    with pytest.raises(InputError, match=r"pictures holds a\.png"):
+        write(detector, [file], tmp_path)
+    assert file.read_bytes() == before
+    assert not (tmp_path / "predictions.json").exists()
+
+
+def test_pictures_are_not_written_over_their_own_input(detector, tmp_path):
+    out = tmp_path / "out"
+    write(detector, [save_grey(tmp_path / "a.png")], out)
+    before = (out / "pictures" / "a.png").read_bytes()
+    with pytest.raises(InputError, match=r"a\.png lies where the pictures"):
+        write(detector, [out / "pictures" / "a.png"], out)
+    assert (out / "pictures" / "a.png").read_bytes() == before
+
+
+def test_linked_folder_of_pictures_is_left_alone(detector, tmp_path):
+    (tmp_path / "album").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "pictures").symlink_to(tmp_path / "album")
+    with pytest.raises(InputError, match="no folder of its own"):
+        write(detector, [save_grey(tmp_path / "a.png")], tmp_path / "out")
+    assert (tmp_path / "out" / "pictures").is_symlink()
+
+
+@pytest.mark.parametrize("text", ["no json", "[]", '{"format": "other"}'])
+@pytest.mark.parametrize("pictures", [False, True])
+def test_foreign_predictions_survive(text, pictures, detector, tmp_path):
+    (tmp_path / "predictions.json").write_text(text)
+    with pytest.raises(InputError, match=r"predictions\.json was not written by"):
+        write(detector, [save_grey(tmp_path / "a.png")], tmp_path, pictures=pictures)
+    assert (tmp_path / "predictions.json").read_text() == text
