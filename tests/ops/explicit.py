@@ -17,6 +17,7 @@ def attention_kl(
     teacher_query: Tensor | None,  # [B, H, Lq, Dt]
     teacher_key: Tensor | None,  # [B, H, Lk, Dt]
     *,
+    teacher_lse: Tensor | None = None,  # [B, H, Lq]
     attn_mask: Tensor | None = None,
     scale: float | None = None,
     teacher_scale: float | None = None,
@@ -35,7 +36,11 @@ def attention_kl(
     kl = None
     if teacher_query is not None and teacher_key is not None:
         teacher_logits = _logits(teacher_query, teacher_key, teacher_scale, attn_mask, visible)
-        log_b = teacher_logits.log_softmax(-1).to(log_a.dtype)
+        if teacher_lse is None:
+            log_b = teacher_logits.log_softmax(-1)
+        else:  # -inf in rows that see no key, which stay finite as their logits do
+            log_b = teacher_logits - torch.where(row_visible, teacher_lse, 0)[..., None]
+        log_b = log_b.to(log_a.dtype)
         log_ratio = torch.where(visible, log_a - log_b, 0)
         terms = log_a.exp() * log_ratio if divergence == "reverse_kl" else -log_b.exp() * log_ratio
         kl = torch.where(row_visible, terms.sum(-1), 0)

@@ -16,13 +16,12 @@ from tests.ops.cases import (
     HEAD_DIMS,
     Cotangents,
     Sizes,
+    assert_accurate,
     assert_as_accurate_as_eager,
     largest,
     name_of,
     random_cotangents,
     random_inputs,
-    rounding_floor,
-    roundings,
     run,
     run_backend,
     truth_of,
@@ -32,11 +31,11 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES)
 
 
-def check(backend, sizes, dtype=torch.float32, *, teacher_dtype=None, **options):
+def check(backend, sizes, dtype=torch.float32, *, teacher_dtype=None, roundings=None, **options):
     inputs = random_inputs(sizes, dtype, teacher_dtype=teacher_dtype)
     cotangents = random_cotangents(sizes, dtype)
     actual = run_backend(backend, inputs, cotangents, **options)
-    assert_as_accurate_as_eager(actual, inputs, cotangents, **options)
+    assert_as_accurate_as_eager(actual, inputs, cotangents, roundings=roundings, **options)
 
 
 @every_dtype
@@ -60,6 +59,18 @@ def test_head_dims_that_differ(backend, D, Dv, Dt, divergence):
 )
 def test_lengths_that_differ(backend, Lq, Lk, divergence):
     check(backend, Sizes(Lq=Lq, Lk=Lk), divergence=divergence)
+
+
+@every_divergence
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param(Sizes(B=1, H=2, Lq=100, Lk=Lk, D=32, Dv=32, Dt=32), id=f"{Lk} keys")
+        for Lk in (169, 1064)
+    ],
+)
+def test_twice_the_error_of_eager_code_at_the_sizes_of_an_encoder(backend, sizes, divergence):
+    check(backend, sizes, roundings=0, divergence=divergence)
 
 
 @every_divergence
@@ -114,10 +125,14 @@ def test_scales(backend, scale, teacher_scale, divergence):
 def test_logits_of_a_thousand(backend, dtype, divergence):
     sizes = Sizes(Lq=70, Lk=150)
     inputs, cotangents = random_inputs(sizes, dtype, spread=300.0), random_cotangents(sizes, dtype)
-    logits = sizes.D**-0.5 * inputs.query @ inputs.key.mT
-    assert logits.abs().max() > 1000
     actual = run_backend(backend, inputs, cotangents, divergence=divergence)
-    assert_as_accurate_as_eager(actual, inputs, cotangents, divergence=divergence)
+    lse = largest(actual["lse"])
+    assert lse > 1000
+    # The compiled gradients take their probabilities from saved LSEs, whose rounding is `lse` times
+    # that of a probability; eager code, which saves the probabilities themselves, is spared that.
+    assert_as_accurate_as_eager(
+        actual, inputs, cotangents, roundings=lse / 2, divergence=divergence
+    )
 
 
 @every_divergence
@@ -156,11 +171,7 @@ class TestLowPrecisionInputs:
         wide = inputs.to(torch.float32)
         truth = truth_of(wide, cotangents, divergence=divergence)
         eager = run(explicit.attention_kl, wide, cotangents, divergence=divergence)
-        floor = rounding_floor(truth, wide)
-        for name in ("kl", "lse"):
-            bound = 2 * largest(eager[name] - truth[name])
-            bound += roundings(torch.float32) * floor[name]
-            assert largest(actual[name] - truth[name]) <= bound, name
+        assert_accurate({name: actual[name] for name in ("kl", "lse")}, eager, truth)
 
     def test_output_is_rounded_once(self, backend, dtype, divergence):
         inputs, cotangents = random_inputs(self.sizes, dtype), random_cotangents(self.sizes, dtype)
@@ -198,11 +209,7 @@ def test_attention_without_a_teacher(backend, dtype):
     del actual["kl"]
     truth = truth_of(inputs, cotangents)
     eager = run(explicit.attention_kl, inputs, cotangents)
-    floor = rounding_floor(truth, inputs)
-    for name, result in actual.items():
-        bound = 2 * largest(eager[name].double() - truth[name])
-        bound += roundings(result.dtype) * floor[name]
-        assert largest(result.double() - truth[name]) <= bound, name
+    assert_accurate(actual, eager, truth)
 
 
 @every_divergence

@@ -9,6 +9,8 @@ from tests.ops.cases import (
     DIVERGENCES,
     Sizes,
     assert_equal,
+    filled,
+    name_of,
     random_cotangents,
     random_inputs,
     run_backend,
@@ -110,18 +112,60 @@ def test_in_a_value(backend, poison, divergence):
     assert torch.equal(dirty["output"][keep], clean["output"][keep])
 
 
+HIDING = {
+    "bool": None,
+    "additive -inf": -torch.inf,
+    "additive lowest": torch.finfo(torch.float32).min,
+}
+
+
 @every_divergence
-@pytest.mark.parametrize("kind", ["bool", "additive"])
-@pytest.mark.parametrize("name", ["key", "teacher_key"])
-def test_in_a_hidden_key_reaches_no_result(backend, name, kind, divergence):
-    mask = torch.ones(1, 1, 1, SIZES.Lk, dtype=torch.bool)
-    mask[..., KEY] = False
-    if kind == "additive":
-        mask = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
-    at = (BATCH, HEAD, KEY)
-    clean, dirty = poisoned(backend, name, at, torch.nan, divergence=divergence, attn_mask=mask)
-    assert_equal(dirty, {name: clean[name] for name in ("output", "kl", "lse")})
-    assert (dirty["grad_key"][at] == 0).all()
+@every_poison
+@pytest.mark.parametrize("bias", HIDING.values(), ids=HIDING.keys())
+def test_in_padding_changes_nothing(backend, bias, poison, divergence):
+    """What fills the keys, values and teacher's keys that a key padding mask hides is not seen."""
+    visible = torch.ones(SIZES.B, 1, 1, SIZES.Lk, dtype=torch.bool)
+    visible[0, ..., 90:] = False  # the end of a tile of 96 keys, and a whole one
+    visible[1, ..., KEY] = False
+    mask = visible if bias is None else torch.where(visible, 0.5, bias)
+    check_padding(backend, SIZES, mask, ~visible, poison, divergence=divergence)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=name_of)
+def test_in_padding_of_other_dtypes_changes_nothing(backend, dtype):
+    hidden = torch.arange(SIZES.Lk)[None, None, None] >= 40
+    check_padding(backend, SIZES, ~hidden, hidden, torch.nan, dtype)
+
+
+@pytest.mark.parametrize("Lq", [1, 70], ids=lambda n: f"{n} queries")
+@pytest.mark.parametrize("heads", [1, SIZES.H], ids=["all heads", "each head"])
+def test_in_padding_of_masks_of_other_shapes_changes_nothing(backend, heads, Lq):
+    sizes = SIZES._replace(Lq=Lq)
+    hidden = torch.rand(SIZES.B, heads, 1, SIZES.Lk) > 0.8
+    mask = (~hidden).expand(-1, -1, Lq, -1)
+    check_padding(backend, sizes, mask, hidden, torch.nan)
+
+
+def test_in_padding_of_a_sequence_without_keys_changes_nothing(backend):
+    hidden = torch.zeros(SIZES.B, 1, 1, SIZES.Lk, dtype=torch.bool)
+    hidden[0] = True
+    results = check_padding(backend, SIZES, ~hidden, hidden, torch.inf)
+    assert (results["lse"][0] == -torch.inf).all()
+
+
+def check_padding(backend, sizes, mask, hidden, poison, dtype=torch.float32, **options):
+    """Results with `poison` in the hidden keys are bit for bit those with zeros there."""
+    inputs, cotangents = random_inputs(sizes, dtype), random_cotangents(sizes, dtype)
+    clean, dirty = (
+        run_backend(backend, filled(inputs, hidden, value), cotangents, attn_mask=mask, **options)
+        for value in (0, poison)
+    )
+    assert_equal(dirty, clean)
+    for name in ("output", "kl", "grad_query", "grad_key", "grad_value"):
+        assert dirty[name].isfinite().all(), name
+    for name in ("grad_key", "grad_value"):
+        assert (dirty[name].masked_select(hidden.transpose(-1, -2)) == 0).all(), name
+    return dirty
 
 
 @every_divergence
