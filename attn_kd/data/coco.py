@@ -51,7 +51,7 @@ class CocoSplit:
 
     annotation_file: Path
     categories: list[str]
-    category_ids: list[int]
+    category_ids: list[int | str]
     images: list[ImageEntry]
 
 
@@ -63,8 +63,8 @@ def annotation_file(root: str | os.PathLike, split: str) -> Path:
 def load_split(root: str | os.PathLike, split: str) -> CocoSplit:
     """Read and check one split of a data folder.
 
-    Categories are ordered by id. Boxes that reach beyond their image are clipped and boxes wholly
-    outside are dropped, with one warning for the split.
+    Categories are ordered by id, numbers before strings. Boxes that reach beyond their image are
+    clipped and boxes wholly outside are dropped, with one warning for the split.
 
     Args:
         root: folder with `images/` and `annotations/instances_SPLIT.json`.
@@ -101,7 +101,7 @@ def _read_json(root: Path, file: Path) -> dict[str, list[dict]]:
         raise InputError(f"{file} cannot be read: {error}") from error
     try:
         document = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # not JSON, or beyond what Python reads
         raise InputError(f"{file} is not valid JSON: {error}") from error
     for key in ("images", "annotations", "categories"):
         rows = document.get(key) if isinstance(document, dict) else None
@@ -127,11 +127,11 @@ def _unique(file: Path, kind: str, rows: Iterable[dict]) -> dict[Any, dict]:
     return by_id
 
 
-def _read_categories(file: Path, rows: list[dict]) -> tuple[list[int], list[str]]:
+def _read_categories(file: Path, rows: list[dict]) -> tuple[list[int | str], list[str]]:
     by_id = _unique(file, "category", rows)
     if not by_id:
         raise InputError(f"{file} names no category; expected at least one")
-    ids = sorted(by_id)
+    ids = sorted(by_id, key=lambda number: (isinstance(number, str), number))
     return ids, [str(by_id[number].get("name", number)) for number in ids]
 
 
@@ -147,6 +147,11 @@ def _index_images(file: Path, rows: list[dict]) -> dict[Any, dict]:
                 raise InputError(
                     f"{file}: image {number!r} has {side} {row.get(side)!r}; expected pixels"
                 )
+        if not isinstance(row.get("short_insertion", False), bool):
+            raise InputError(
+                f"{file}: image {number!r} has short_insertion {row['short_insertion']!r}; "
+                "expected true or false"
+            )
     return entries
 
 
@@ -160,7 +165,12 @@ def _image_entry(file: Path, folder: Path, row: dict, annotations: ImageAnnotati
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        return False
 
 
 def _is_key(value: Any, table: Mapping[Any, Any]) -> bool:
@@ -194,20 +204,21 @@ class _Boxes:
                 continue
             if any(abs(a - b) > 1.0 for a, b in zip(box, inside, strict=True)):
                 clipped.append(number)
-            crowd = bool(row.get("iscrowd", 0))
-            self._rows[image_id].append((inside, self._labels[category], crowd))
+            self._rows[image_id].append((inside, self._labels[category], _is_crowd(where, row)))
         self._warn(clipped, dropped)
 
     def _warn(self, clipped: list[Any], dropped: list[Any]) -> None:
-        parts = []
-        if clipped:
-            parts.append(f"clipped {len(clipped)} boxes that reach beyond their image")
-        if dropped:
-            parts.append(f"dropped {len(dropped)} boxes wholly outside their image")
+        kinds = {
+            "clipped {} boxes that reach beyond their image": clipped,
+            "dropped {} boxes wholly outside their image": dropped,
+        }
+        parts = [
+            f"{what.format(len(numbers))} (first: annotation {numbers[0]!r})"
+            for what, numbers in kinds.items()
+            if numbers
+        ]
         if parts:
-            first = (clipped + dropped)[0]
-            message = f"{self._file}: {' and '.join(parts)} (first: annotation {first!r})"
-            warnings.warn(message, stacklevel=4)
+            warnings.warn(f"{self._file}: {' and '.join(parts)}", stacklevel=4)
 
     def of_image(self, image_id: Any) -> ImageAnnotations:
         rows = self._rows[image_id]
@@ -216,6 +227,13 @@ class _Boxes:
             class_labels=torch.tensor([label for _, label, _ in rows], dtype=torch.int64),
             iscrowd=torch.tensor([crowd for _, _, crowd in rows], dtype=torch.bool),
         )
+
+
+def _is_crowd(where: str, row: dict) -> bool:
+    value = row.get("iscrowd", 0)
+    if value not in (0, 1):  # false and true are as good
+        raise InputError(f"{where} has iscrowd {value!r}; expected 0 or 1")
+    return bool(value)
 
 
 def _corners(where: str, bbox: Any) -> list[float]:

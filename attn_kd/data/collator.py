@@ -50,7 +50,7 @@ class DetectionCollator:
             `pixel_values` float32 [B, 3, H, W]; `pixel_mask` int64 [B, H, W], 1 on the image, 0
             on padding; `labels`, per image a dictionary of `class_labels` int64 [n], `boxes`
             float32 [n, 4] (centre x, centre y, width, height; relative), `image_id`, `orig_size`
-            int64 [2] (height, width).
+            int64 [2] (height, width) before augmentation.
 
         Raises:
             InputError: the list is empty.
@@ -89,7 +89,9 @@ class DetectionCollator:
             "image_id": item["image_id"],
             "orig_size": orig_size,
         }
-        return _resize(image, self._resized(height, width)), label
+        # The rules round down: to no pixel at all where one side is much longer than the other.
+        rows, columns = (max(1, side) for side in self._resized(height, width))
+        return _resize(image, (rows, columns)), label
 
 
 def _item_generator(item: dict[str, Any]) -> torch.Generator | None:

@@ -44,11 +44,15 @@ class CocoDetection(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         entry = self._split.images[index]
-        image = read_image(entry.path)
+        where = f"{self._split.annotation_file}: image {entry.image_id!r}"
+        try:
+            image = read_image(entry.path)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
         if image.shape[1:] != (entry.height, entry.width):
             raise InputError(
-                f"{entry.path} is {image.shape[2]} x {image.shape[1]} pixels; "
-                f"{self._split.annotation_file} says {entry.width} x {entry.height}"
+                f"{where} is given as {entry.width} x {entry.height} pixels; "
+                f"{entry.path} has {image.shape[2]} x {image.shape[1]}"
             )
         single = ~entry.annotations.iscrowd
         item = {
@@ -68,7 +72,7 @@ class CocoDetection(Dataset):
         return self._split.categories
 
     @property
-    def category_ids(self) -> list[int]:
+    def category_ids(self) -> list[int | str]:
         """COCO's ids of the classes, by label."""
         return self._split.category_ids
 

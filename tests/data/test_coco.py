@@ -30,6 +30,13 @@ def test_labels_follow_the_order_of_category_ids(tmp_path):
     assert split.images[0].annotations.class_labels.tolist() == [1, 0]
 
 
+def test_category_ids_may_be_numbers_and_strings(tmp_path):
+    def change(content):
+        content["categories"] += [{"id": "a"}, {"id": 11}]
+
+    assert load(tmp_path, change).category_ids == [2, 5, 11, "a"]
+
+
 def test_boxes_become_corners(tmp_path):
     boxes = load(tmp_path).images[0].annotations.boxes
     assert boxes.dtype == torch.float32
@@ -73,6 +80,16 @@ def test_boxes_outside_the_image_are_dropped_with_a_warning(tmp_path):
     with pytest.warns(UserWarning, match="dropped 1 boxes wholly outside"):
         split = load(tmp_path, lambda c: c["annotations"][0].update(bbox=[50, 3, 4, 4]))
     assert len(split.images[0].annotations) == 1
+
+
+def test_the_first_of_each_kind_of_wrong_box_is_named(tmp_path):
+    def change(content):
+        content["annotations"][0]["bbox"] = [50, 3, 4, 4]
+        content["annotations"][1]["bbox"] = [-6, 2, 20, 8]
+
+    message = r"clipped 1 .*annotation 2\) and dropped 1 .*annotation 1\)"
+    with pytest.warns(UserWarning, match=message):
+        load(tmp_path, change)
 
 
 def test_a_rounding_error_at_the_rim_is_clipped_in_silence(tmp_path):
@@ -160,6 +177,24 @@ def test_a_rounding_error_at_the_rim_is_clipped_in_silence(tmp_path):
             lambda c: c["annotations"][0].update(bbox="1 2 3 4"), "four finite", id="text"
         ),
         pytest.param(lambda c: c["annotations"][0].pop("bbox"), "bbox None", id="no-box"),
+        pytest.param(
+            lambda c: c["annotations"][0].update(bbox=[1, 2, 10**400, 4]),
+            "four finite",
+            id="beyond-floats",
+        ),
+        pytest.param(
+            lambda c: c["images"][0].update(width=10**400), "image 7 has width", id="huge-width"
+        ),
+        pytest.param(
+            lambda c: c["annotations"][0].update(iscrowd="false"),
+            "annotation 1 has iscrowd 'false'",
+            id="crowd-a-string",
+        ),
+        pytest.param(
+            lambda c: c["images"][1].update(short_insertion="false"),
+            "image 9 has short_insertion 'false'",
+            id="short-insertion-a-string",
+        ),
     ],
 )
 def test_a_wrong_entry_is_named(tmp_path, change, message):
@@ -179,7 +214,16 @@ def test_a_missing_split_names_those_there_are(tmp_path):
         load_split(write_folder(tmp_path, document()), "val")
 
 
-@pytest.mark.parametrize("text", ['{"images": [', "", "\x00\x01"], ids=["cut", "empty", "binary"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param('{"images": [', id="cut"),
+        pytest.param("", id="empty"),
+        pytest.param("\x00\x01", id="binary"),
+        pytest.param("9" * 5000, id="more-digits-than-python-reads"),
+        pytest.param("[" * 100_000, id="nested-too-deep"),
+    ],
+)
 def test_broken_json_is_named(tmp_path, text):
     with pytest.raises(InputError, match=r"instances_train\.json is not valid JSON"):
         load_split(write_folder(tmp_path, text), "train")

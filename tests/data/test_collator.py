@@ -121,3 +121,12 @@ def test_switches_of_the_processor_are_honoured():
 def test_an_empty_batch_is_refused():
     with pytest.raises(InputError, match="batch is empty"):
         DetectionCollator(processor())([])
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("shape", [(1, 2000), (2000, 1)], ids=["wide", "tall"])
+def test_images_of_extreme_shape_keep_a_pixel(size, shape):
+    batch = DetectionCollator(processor(size=size))([item(*shape)])
+    assert min(batch["pixel_values"].shape[2:]) >= 1
+    assert batch["pixel_values"].isfinite().all()
+    assert batch["labels"][0]["boxes"].tolist() == [[0.5, 0.75, 0.5, 0.5]]
