@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attn_kd.data import to_rgb
+from attn_kd.data import DetectionCollator
+from attn_kd.data.images import to_tensor
 from attn_kd.errors import InputError
 from attn_kd.models import load_detector
 
@@ -89,15 +90,24 @@ class Detector:
             raise InputError(f"threshold is {threshold}; expected a number from 0 to 1")
         if len(images) == 0:
             return []
-        pictures = [to_rgb(image) for image in images]
-        batch = self.processor(images=pictures, return_tensors="pt").to(self.device)
-        outputs = self.model(pixel_values=batch["pixel_values"], pixel_mask=batch["pixel_mask"])
-        found = self.processor.post_process_object_detection(
-            outputs, threshold=threshold, target_sizes=[(p.height, p.width) for p in pictures]
+        # Prepared as in training and evaluation, rather than by the processor itself.
+        batch = DetectionCollator(self.processor)([_unlabelled(image) for image in images])
+        outputs = self.model(
+            pixel_values=batch["pixel_values"].to(self.device),
+            pixel_mask=batch["pixel_mask"].to(self.device),
         )
-        return [
-            _sorted_and_clipped(one, picture) for one, picture in zip(found, pictures, strict=True)
-        ]
+        found = self.processor.post_process_object_detection(
+            outputs,
+            threshold=threshold,
+            target_sizes=[(image.height, image.width) for image in images],
+        )
+        return [_sorted_and_clipped(one, image) for one, image in zip(found, images, strict=True)]
+
+
+def _unlabelled(image: PIL.Image.Image) -> dict[str, Any]:
+    """What the collator takes, of a picture of which nothing else is known."""
+    nothing = {"boxes": torch.empty(0, 4), "class_labels": torch.empty(0, dtype=torch.int64)}
+    return {"image": to_tensor(image), "target": nothing, "image_id": None}
 
 
 def _sorted_and_clipped(found: dict[str, torch.Tensor], image: PIL.Image.Image) -> Detections:

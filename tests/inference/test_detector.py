@@ -11,7 +11,7 @@ import torch
 
 from attn_kd import InputError
 from attn_kd.inference import Detector
-from attn_kd.models import save_detector
+from attn_kd.models import build_image_processor, save_detector
 
 
 def grey(width: int, height: int) -> PIL.Image.Image:
@@ -42,6 +42,27 @@ def test_threshold_keeps_the_better_ones(detector):
     middle = everything.scores.median().item()
     (better,) = detector.predict([grey(60, 40)], threshold=middle)
     assert better.scores.tolist() == [s for s in everything.scores.tolist() if s > middle]
+
+
+@pytest.mark.parametrize("size", [(1, 2000), (2000, 1), (1, 1)])
+def test_pictures_of_extreme_shape_are_taken(size, detector):
+    keeping_shape = build_image_processor(
+        "detr-r50", image_size={"max_height": 64, "max_width": 64}
+    )
+    (found,) = Detector(detector.model, keeping_shape).predict([grey(*size)], threshold=0)
+    assert (found.boxes <= torch.tensor([*size, *size])).all()
+
+
+def test_pictures_are_prepared_as_the_processor_says(detector):
+    picture = PIL.Image.effect_noise((60, 40), 50)
+    pixels = detector.processor(images=[picture.convert("RGB")], return_tensors="pt")
+    outputs = detector.model(**pixels)
+    (expected,) = detector.processor.post_process_object_detection(
+        outputs, threshold=0, target_sizes=[(40, 60)]
+    )
+    (found,) = detector.predict([picture], threshold=0)
+    best_first = expected["scores"].argsort(descending=True)
+    torch.testing.assert_close(found.scores, expected["scores"][best_first], atol=0.01, rtol=0)
 
 
 def test_no_pictures_no_detections(detector):
