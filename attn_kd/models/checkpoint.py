@@ -40,15 +40,15 @@ def save_detector(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as name, quiet_transformers():
-        staging = Path(name)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as path, quiet_transformers():
+        staging = Path(path)
         model.save_pretrained(staging)
         processor.save_pretrained(staging)
         for name, value in (extra or {}).items():
             (staging / f"{name}.json").write_text(json.dumps(value, indent=2) + "\n")
         shutil.copymode(staging / CONFIG_FILE, staging / WEIGHTS_FILE)  # safetensors' are private
-        for path in sorted(staging.iterdir(), key=lambda path: path.name == CONFIG_FILE):
-            os.replace(path, folder / path.name)
+        for file in sorted(staging.iterdir(), key=lambda file: file.name == CONFIG_FILE):
+            os.replace(file, folder / file.name)
 
 
 def load_detector(
