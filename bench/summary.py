@@ -102,14 +102,15 @@ def ratio_table(timings: list[Timing]) -> Table:
 
 
 def threads_table(timings: list[Timing]) -> Table:
-    """Times per number of threads and how much faster than with one thread."""
+    """Times per number of threads and, where one thread was measured, how much faster than it."""
     single = {timing.shape: timing for timing in timings if timing.threads == 1}
     rows = [["shape", "threads", "`sdpa`", "speed-up", "`attn_kd`", "speed-up", "attn_kd / sdpa"]]
     for timing in timings:
         row = [timing.shape, str(timing.threads)]
         for name in ("sdpa", SUBJECT):
-            speed_up = single[timing.shape].median(name) / timing.median(name)
-            row += [_milliseconds(timing, name), f"{speed_up:.2f}"]
+            base = single.get(timing.shape)
+            speed_up = f"{base.median(name) / timing.median(name):.2f}" if base else ""
+            row += [_milliseconds(timing, name), speed_up]
         rows.append([*row, _ratio(timing.ratio("sdpa"))])
     return rows
 

@@ -12,7 +12,7 @@ import pytest
 
 from bench import summary
 from bench.measurements import Memory, Timing, read_run
-from bench.summary import main, markdown, memory_table, ratio_table
+from bench.summary import main, markdown, memory_table, ratio_table, threads_table
 from bench.targets import AGAINST_SDPA
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -101,6 +101,21 @@ def test_a_target_is_met_up_to_its_limit_and_missed_above(name):
 def test_ratios_are_those_of_medians():
     assert timing(0.5).ratio("sdpa") == 0.5
     assert timing(0.5).ratio("eager") is None
+
+
+def on_threads(threads: int, seconds: float) -> Timing:
+    times = {"sdpa": [seconds] * 2, "attn_kd": [seconds] * 2}
+    return Timing("dc5", "forward+backward", "float32", {}, times, {}, threads)
+
+
+def test_speed_up_is_that_over_one_thread():
+    rows = threads_table([on_threads(1, 3.0), on_threads(2, 2.0)])
+    assert [row[3] for row in rows[1:]] == ["1.00", "1.50"]
+
+
+def test_speed_up_is_left_out_where_one_thread_was_not_measured():
+    row = threads_table([on_threads(2, 2.0)])[1]
+    assert row == ["dc5", "2", "2000 ± 0", "", "2000 ± 0", "", "1.000"]
 
 
 def test_memory_is_told_relative_to_sdpa_in_maps():
