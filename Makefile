@@ -30,7 +30,7 @@ NATIVE := $(shell find csrc kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu'
 .PHONY: demo test bench lint format clean
 
 demo: $(EXTENSION)
-	$(BIN)/attn-kd demo --out demo
+	$(BIN)/attn-kd demo --out demo --overwrite
 
 test: $(EXTENSION)
 	$(BIN)/python -m pytest

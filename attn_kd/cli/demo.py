@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from attn_kd.cli._arguments import (
     add_device_argument,
     add_output_argument,
-    output_folder,
+    require_writable,
     resolve_device,
 )
 
@@ -66,8 +66,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="a minute of everything, to see that it works; its figures mean little",
     )
-    parser.add_argument(
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument(
         "--resume", action="store_true", help="skip the stages that an interrupted run has finished"
+    )
+    again.add_argument(
+        "--overwrite", action="store_true", help="begin anew where a demo was run before"
     )
     add_device_argument(parser)
 
@@ -76,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     device = resolve_device(args.device)
     size = QUICK if args.quick else FULL
-    out = output_folder(args.out)
+    out = require_writable(args.out)
 
     from attn_kd.data import CocoDetection
     from attn_kd.report.comparison import Comparison, measure_memory
@@ -90,7 +94,13 @@ def run(args: argparse.Namespace) -> int:
         teacher, student, out / "data", out, device=device, progress=not args.quiet
     )
     settings = {"seed": args.seed, **vars(size)}
-    stages = Stages(out, settings, resume=args.resume, announce=_Announcer(started))
+    stages = Stages(
+        out,
+        settings,
+        resume=args.resume,
+        overwrite=args.overwrite,
+        announce=_Announcer(started),
+    )
     try:
         stages.run("simulation", lambda _: _simulate(size, args, out / "data"))
         runs = comparison.run(stages)

@@ -10,6 +10,7 @@ from typing import Any
 
 from attn_kd._atomic import replacing_file
 from attn_kd.errors import InputError
+from attn_kd.training.config import read_json
 
 
 class Stages:
@@ -19,11 +20,13 @@ class Stages:
         folder: where the records are kept, in ``stages/`` and ``settings.json``.
         settings: what the results depend on; must be the same when a run goes on.
         resume: skip the stages that are done. Without it all begin anew.
+        overwrite: begin anew even where stages were done before.
         announce: called with the name of each stage and whether it is skipped.
 
     Raises:
-        InputError: ``resume``, but nothing was begun here, or with other settings; or not
-            ``resume``, and the folder holds files of somebody else.
+        InputError: ``resume``, but nothing was begun here, or with other settings, or a file is
+            broken; or neither ``resume`` nor ``overwrite``, and the folder is not empty; or
+            ``overwrite``, and it holds something else.
     """
 
     def __init__(
@@ -31,7 +34,8 @@ class Stages:
         folder: Path,
         settings: dict[str, Any],
         *,
-        resume: bool,
+        resume: bool = False,
+        overwrite: bool = False,
         announce: Callable[[str, bool], None],
     ) -> None:
         self._records = folder / "stages"
@@ -41,9 +45,9 @@ class Stages:
         settings = json.loads(json.dumps(settings))  # as they will be read back
         if resume:
             _require_same(settings, settings_file)
-        elif not settings_file.exists() and any(folder.iterdir()):
-            raise InputError(f"{folder} holds other files; expected an empty or a new folder")
-        self._records.mkdir(exist_ok=True)
+        elif folder.exists():
+            _require_free(folder, overwrite=overwrite)
+        self._records.mkdir(parents=True, exist_ok=True)
         self._kept: set[Path] = set()
         if not resume:
             self._forget_later_stages()
@@ -60,7 +64,7 @@ class Stages:
         self._announce(name, done)
         self._kept.add(record)
         if done:
-            return json.loads(record.read_text())
+            return read_json(record, dict)
         may_go_on, self._resume = self._resume, False
         self._forget_later_stages()
         started = time.perf_counter()
@@ -74,10 +78,20 @@ class Stages:
                 record.unlink()
 
 
+def _require_free(folder: Path, *, overwrite: bool) -> None:
+    begun = (folder / "settings.json").is_file() and (folder / "stages").is_dir()
+    if begun and not overwrite:
+        raise InputError(
+            f"{folder} holds an earlier run; resume it, overwrite it, or choose another folder"
+        )
+    if not begun and any(folder.iterdir()):
+        raise InputError(f"{folder} holds other files; expected an empty or a new folder")
+
+
 def _require_same(settings: dict[str, Any], file: Path) -> None:
     if not file.exists():
         raise InputError(f"cannot resume in {file.parent}: nothing was begun there")
-    before = json.loads(file.read_text())
+    before = read_json(file, dict)
     for name in sorted(settings.keys() | before.keys()):
         if settings.get(name) != before.get(name):
             raise InputError(

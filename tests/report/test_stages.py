@@ -15,10 +15,10 @@ SETTINGS = {"seed": 0}
 class Log:
     """Stages of a folder whose work is to note that it was done."""
 
-    def __init__(self, folder, *, resume=False, settings=None):
+    def __init__(self, folder, *, settings=None, **how):
         self.done = []
         self.stages = Stages(
-            folder, settings or SETTINGS, resume=resume, announce=lambda name, skipped: None
+            folder, settings or SETTINGS, announce=lambda name, skipped: None, **how
         )
 
     def run(self, *names):
@@ -37,16 +37,16 @@ def test_resuming_skips_what_is_done_and_gives_its_result(tmp_path):
     assert again.done == ["c"]
 
 
-def test_without_resume_all_is_done_again(tmp_path):
+def test_overwriting_does_all_again(tmp_path):
     Log(tmp_path).run("a", "b")
-    again = Log(tmp_path)
+    again = Log(tmp_path, overwrite=True)
     again.run("a", "b")
     assert again.done == ["a", "b"]
 
 
 def test_what_follows_a_stage_that_is_done_again_is_stale(tmp_path):
     Log(tmp_path).run("a", "b")
-    Log(tmp_path).run("a")  # and is then interrupted
+    Log(tmp_path, overwrite=True).run("a")  # and is then interrupted
     last = Log(tmp_path, resume=True)
     last.run("a", "b")
     assert last.done == ["b"]
@@ -83,8 +83,31 @@ def test_resuming_nothing_is_refused(tmp_path):
         Log(tmp_path, resume=True)
 
 
-def test_foreign_folder_is_left_alone(tmp_path):
-    (tmp_path / "thesis.tex").touch()
-    with pytest.raises(InputError, match="other files"):
+@pytest.mark.parametrize("file", ["settings.json", "stages/a.json"])
+@pytest.mark.parametrize("text", ['{"seed"', "[]", ""], ids=["cut", "list", "empty"])
+def test_resuming_with_a_broken_file_names_it(file, text, tmp_path):
+    Log(tmp_path).run("a")
+    (tmp_path / file).write_text(text)
+    with pytest.raises(InputError, match=file):
+        Log(tmp_path, resume=True).run("a")
+
+
+def test_earlier_run_is_not_overwritten_unasked(tmp_path):
+    results = Log(tmp_path).run("a")
+    with pytest.raises(InputError, match="earlier run"):
         Log(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    assert Log(tmp_path, resume=True).run("a") == results
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("name", ["thesis.tex", "settings.json"])
+def test_foreign_folder_is_left_alone(name, overwrite, tmp_path):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(InputError, match="other files"):
+        Log(tmp_path, overwrite=overwrite)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_new_folder_is_made_with_its_parents(tmp_path):
+    assert Log(tmp_path / "new" / "out").run("a")
