@@ -80,9 +80,9 @@ class Bias {
   bool read(const S* mask, int64_t rows, int64_t keys) {
     const int64_t distinct = per_key_ ? 1 : rows, stride = per_key_ ? 1 : kPanel<T>;
     bool any_visible = false;
-    for (int64_t row = 0; row < distinct; ++row, mask += mask_.row_stride)
-      for (int64_t key = 0; key < keys; ++key) {
-        const T bias = bias_of(mask[key * mask_.column_stride]);
+    for (int64_t key = 0; key < keys; ++key, mask += mask_.column_stride)
+      for (int64_t row = 0; row < distinct; ++row) {
+        const T bias = bias_of(mask[row * mask_.row_stride]);
         values_[key * stride + row] = bias;
         any_visible |= bias != kMasked<T>;
       }
