@@ -3,7 +3,7 @@
 A command module has a docstring (shown by ``--help``), ``add_arguments(parser) -> None`` and
 ``run(args) -> int``. What every command shares is done here once: the options of
 :func:`attn_kd.cli._arguments.add_common_arguments`, and the way failures end. Whatever the user
-can mend (:class:`~attn_kd.errors.InputError`, a path the system refuses, an optional package that
+can mend (:class:`~attn_kd.errors.InputError`, what the system refuses, an optional package that
 is not installed) is one line on stderr and exit code 2; Ctrl-C is one line and exit code 130; a
 defect of the library keeps its traceback.
 """
@@ -101,9 +101,8 @@ def _run(command: Command, argv: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if error.filename is None:
-            raise
-        return _fail(program, f"{error.filename}: {error.strerror or error}")
+        where = "" if error.filename is None else f"{error.filename}: "  # a full disk has none
+        return _fail(program, f"{where}{error.strerror or error}")
     except KeyboardInterrupt as interruption:
         # Whoever can go on later says how in the exception's message.
         remark = f"; {interruption}" if str(interruption) else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -104,11 +105,16 @@ class Comparison:
             if role != "teacher":
                 pair = models["teacher"], models[role]
                 divergence = attention_divergence(*pair, *data, device=self.device)
-            measured[role] = {"metrics": metrics, "attention_kl": divergence}
+            measured[role] = {"metrics": _json_numbers(metrics), "attention_kl": divergence}
         image = DetectionCollator(processors["teacher"])([dataset[0]])
         for role, speed in _compare_speeds(models, image).items():
             measured[role]["metrics"]["images_per_second"] = speed
         return measured
+
+
+def _json_numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics as JSON has them: None for nan, the precision where there is nothing to find."""
+    return {name: None if math.isnan(value) else value for name, value in metrics.items()}
 
 
 def _compare_speeds(models: Mapping[str, Any], image: dict[str, Any]) -> dict[str, float]:

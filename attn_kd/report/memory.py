@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +48,7 @@ class AttentionMemory:
 def measure_attention_memory(
     *, tokens: int = 4200, heads: int = 8, head_dim: int = 32
 ) -> AttentionMemory | None:
-    """Measure both ways; ``None`` where the system does not tell a process's peak memory.
+    """Measure both ways; ``None`` where the system does not tell, or too little memory is free.
 
     The default sizes are those of one image in DETR-DC5: 8 heads over 4200 tokens. There are fewer
     tokens where eager code would need more memory than is free.
@@ -56,7 +57,12 @@ def measure_attention_memory(
         return None
     affordable = math.isqrt(_proc_bytes(_MEMORY, "MemAvailable") // (4 * heads * _EAGER_MAPS))
     tokens = min(tokens, affordable)
-    peaks = {way: _measure_in_subprocess(way, tokens, heads, head_dim) for way in WAYS}
+    try:
+        peaks = {way: _measure_in_subprocess(way, tokens, heads, head_dim) for way in WAYS}
+    except subprocess.CalledProcessError as error:
+        reason = error.stderr.strip().splitlines()[-1:] or [f"exit status {error.returncode}"]
+        warnings.warn(f"the peak memory could not be measured: {reason[0]}", stacklevel=2)
+        return None
     backend = select_backend(None, torch.device("cpu"), (head_dim,))
     return AttentionMemory(tokens, heads, head_dim, backend, peaks["fused"], peaks["eager"])
 

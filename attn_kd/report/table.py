@@ -71,12 +71,14 @@ def html_table(results: Results) -> str:
 
 
 def memory_sentence(memory: AttentionMemory) -> str:
-    """Both peaks, their ratio, and the sizes they were measured at."""
-    ratio = memory.eager_bytes / memory.fused_bytes
+    """Both peaks, their ratio if there is one, and the sizes they were measured at."""
+    fused, eager = memory.fused_bytes, memory.eager_bytes
+    # Small work may fit into what the process holds already: then its peak does not grow.
+    ratio = f" ({eager / fused:.1f} times as much)" if fused > 0 else ""
     return (
-        f"fused {write_bytes(memory.fused_bytes)}, eager {write_bytes(memory.eager_bytes)} "
-        f"({ratio:.1f} times as much), forward and backward of one layer at {memory.tokens:,} "
-        f"tokens, {memory.heads} heads of {memory.head_dim}, {memory.backend} backend"
+        f"fused {write_bytes(fused)}, eager {write_bytes(eager)}{ratio}, forward and backward of "
+        f"one layer at {memory.tokens:,} tokens, {memory.heads} heads of {memory.head_dim}, "
+        f"{memory.backend} backend"
     )
 
 

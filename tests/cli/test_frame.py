@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 
@@ -81,6 +82,18 @@ def test_unwritable_output_is_one_line_that_names_it(name, tmp_path, capsys):
     arguments = WRITING[name].format(out=obstacle / "out").split()
     assert run([name, *arguments]) == 2
     assert str(obstacle) in only_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("filename", [None, "model.safetensors"])
+def test_what_the_system_refuses_is_one_line(filename, monkeypatch, capsys):
+    def fill_the_disk(args):
+        raise OSError(errno.ENOSPC, "No space left on device", filename)
+
+    monkeypatch.setattr("attn_kd.cli.info.run", fill_the_disk)
+    assert run(["info"]) == 2
+    line = only_line(capsys.readouterr().err)
+    where = f"{filename}: " if filename else ""
+    assert line == f"attn-kd info: error: {where}No space left on device"
 
 
 def test_module_runs_as_program():
