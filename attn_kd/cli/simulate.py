@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from attn_kd.cli._arguments import (
     add_device_argument,
     positive_int,
+    require_writable,
     resolve_device,
     whole_number,
 )
@@ -58,11 +59,22 @@ def run(args: argparse.Namespace) -> int:
     if args.out is None and args.contact_sheet is None:
         raise InputError("nothing to write; expected --out DIR or --contact-sheet PNG")
     settings = NeedleSettings(size=args.size, frames=args.frames)
+    if args.contact_sheet is not None:
+        _require_place_for(args.contact_sheet)
     if args.out is not None:
         _write_data(args, settings)
     if args.contact_sheet is not None:
         _write_contact_sheet(args, settings)
     return 0
+
+
+def _require_place_for(file: Path) -> None:
+    """Raise InputError, before the work starts, where a file cannot be written."""
+    if file.is_dir():
+        raise InputError(f"{file} is a folder; expected a file to write")
+    if not file.parent.is_dir():
+        raise InputError(f"cannot write {file}: there is no folder {file.parent}")
+    require_writable(file.parent)
 
 
 def _write_data(args: argparse.Namespace, settings: NeedleSettings) -> None:

@@ -38,7 +38,11 @@ def test_writes_a_contact_sheet_alone(tmp_path):
         pytest.param(
             ["--out", "{}/new", "--train", "0", "--val", "0", "--test", "0"], "no split", id="empty"
         ),
-        pytest.param(["--contact-sheet", "{}/no/sheet.png"], "sheet", id="no-folder"),
+        pytest.param(["--contact-sheet", "{}/no/s.png"], "no folder {}/no", id="no-folder"),
+        pytest.param(["--contact-sheet", "{}"], "is a folder", id="sheet-a-folder"),
+        pytest.param(
+            ["--out", "{}/new", "--contact-sheet", "{}/no/s.png"], "no/s.png", id="before-the-data"
+        ),
     ],
 )
 def test_what_is_wrong_ends_in_one_line(tmp_path, capsys, arguments, message):
@@ -47,5 +51,5 @@ def test_what_is_wrong_ends_in_one_line(tmp_path, capsys, arguments, message):
     assert main(["simulate", *options, "--quiet"]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
-    assert message in lines[0]
+    assert message.format(tmp_path) in lines[0]
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from attn_kd.data.needle.motion import smooth_curve
 from attn_kd.data.needle.randomness import ClipRandom
-from attn_kd.data.needle.settings import NeedleSettings
+from attn_kd.data.needle.settings import SHORTEST_LONG, NeedleSettings
 
 _DEEPEST = 0.93
 _FARTHEST = 0.95
-_LONG_FROM = 0.30
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def sample_needles(
     from_right = random.chance(0.5)
     angle = random.uniform(math.radians(12.0), math.radians(52.0), 1)
     share = random.uniform(0.0, 1.0, 1)
-    deepest_entry = _DEEPEST - 0.05 - _LONG_FROM * torch.sin(angle)
+    deepest_entry = _DEEPEST - 0.05 - SHORTEST_LONG * torch.sin(angle)
     entry = 0.08 + share * (deepest_entry.clamp(max=0.6) - 0.08)
     final_length = _final_length(random, short, angle, entry, settings)
 
@@ -89,7 +88,7 @@ def _final_length(
     longest = torch.minimum(_FARTHEST / torch.cos(angle), (_DEEPEST - entry) / torch.sin(angle))
     share = random.uniform(0.0, 1.0, 1)
     low, high = settings.short_length
-    long = _LONG_FROM + share * (longest - _LONG_FROM).clamp(min=0.0)
+    long = SHORTEST_LONG + share * (longest - SHORTEST_LONG).clamp(min=0.0)
     return torch.where(short[:, None], low + share * (high - low), long)
 
 

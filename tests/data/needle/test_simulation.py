@@ -73,11 +73,13 @@ def test_boxes_mark_needles_and_lie_in_the_frame():
     assert ((boxes[:, 0] == 0) | (boxes[:, 2] == 32)).all(), "needles enter from a side"
 
 
-def test_short_insertions_have_the_smaller_boxes():
-    frames = simulate_frames(300, size=32)
-    diagonal = (frames.boxes[:, 2:] - frames.boxes[:, :2]).norm(dim=1)
-    long = frames.has_needle & ~frames.is_short
-    assert diagonal[frames.is_short].max() < diagonal[long].median()
+def test_every_short_insertion_is_shorter_than_every_long_one():
+    # Without a smallest thickness, a box's diagonal is the visible length of its needle.
+    settings = NeedleSettings(size=32, needle_fraction=1.0, minimum_thickness=1e-6)
+    frames = simulate_frames(300, settings=settings)
+    length = (frames.boxes[:, 2:] - frames.boxes[:, :2]).norm(dim=1) / 32
+    assert 0.115 < length[frames.is_short].min() < length[frames.is_short].max() < 0.245
+    assert length[~frames.is_short].min() > 0.295
 
 
 def test_the_box_surrounds_what_the_needle_changes():
@@ -129,6 +131,14 @@ def test_any_size_is_rendered(size):
         ({"needle_fraction": 1.2}, "needle_fraction"),
         ({"short_fraction": -0.1}, "short_fraction"),
         ({"distractors": 9}, "distractors"),
+        ({"size": float("nan")}, "size"),
+        ({"size": 64.5}, "size"),
+        ({"short_length": (0.2, 0.1)}, "short_length"),
+        ({"short_length": (0.2, 0.9)}, "short_length"),
+        ({"short_length": (0.0, 0.1)}, "short_length"),
+        ({"needle_level": (float("nan"), 6.0)}, "needle_level"),
+        ({"needle_level": (6.0, -3.0)}, "needle_level"),
+        ({"minimum_thickness": -1.0}, "minimum_thickness"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
