@@ -113,7 +113,8 @@ def test_maximum_that_rises_with_every_tile(divergence, given):
             logits = sizes.Dt**-0.5 * steep.teacher_query.double() @ steep.teacher_key.double().mT
             options["teacher_lse"] = logits.logsumexp(-1).float()
         actual = run_backend("cpu", steep, cotangents, **options)
-        assert_as_accurate_as_eager(actual, steep, cotangents, **options)
+        # the saved LSEs are of the order of 10, and so are the roundings of their probabilities
+        assert_as_accurate_as_eager(actual, steep, cotangents, roundings=16, **options)
 
 
 def band(Lq: int, Lk: int, width: int) -> Tensor:
