@@ -1,9 +1,10 @@
 """Build of the optional extension ``attn_kd._C``; the declarative metadata is in pyproject.toml.
 
 The package is complete without the extension (the reference backend is plain torch), so nothing
-that goes wrong here may keep it from being installed: the reason is printed once and written to
-``attn_kd/_build.json``, where ``attn-kd info`` finds it. ``ATTN_KD_BUILD_EXTENSION`` changes that:
-``auto`` (default), ``never``, or ``require`` (a failure to build is an error; for development).
+that goes wrong here may keep it from being installed. The reason goes to the output of the build,
+which pip shows with ``-v`` alone, and to ``attn_kd/_build.json``, from where the warning of the
+first call and ``attn-kd info`` tell it. ``ATTN_KD_BUILD_EXTENSION`` changes that: ``auto``
+(default), ``never``, or ``require`` (a failure to build is an error; for development).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,7 +26,6 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-MINIMUM_TORCH = "2.11"
 
 # No -march=native: a wheel runs on machines other than the one that built it. Contraction to FMA
 # and a branch-free exp need the last three; none of them changes the treatment of inf or nan.
@@ -47,6 +48,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
         *INSTRUCTION_SETS["avx2"],
         "-mprefer-vector-width=512",
+        "-Wno-maybe-uninitialized",  # GCC 12 gives this for its own intrinsics, by the hundred
     ]
 
 
@@ -78,13 +80,43 @@ def import_torch() -> ModuleType:
     except (ImportError, OSError) as error:
         raise BuildObstacleError(
             f"torch could not be imported during the build ({error}); with torch installed, run "
-            "pip install --no-build-isolation --no-deps --force-reinstall on attn_kd again"
+            "pip install --no-build-isolation --no-deps --force-reinstall --no-cache-dir "
+            "on attn_kd again"
         ) from error
-    if torch.__version__ < MINIMUM_TORCH:
-        raise BuildObstacleError(
-            f"torch is {torch.__version__}, at least {MINIMUM_TORCH} is needed"
-        )
+    minimum = minimum_torch()
+    if torch.__version__ < minimum:
+        raise BuildObstacleError(f"torch is {torch.__version__}, at least {minimum} is needed")
     return torch
+
+
+def minimum_torch() -> str:
+    """Return the lowest version that pyproject.toml allows (by hand: tomllib needs Python 3.11)."""
+    (minimum,) = re.findall(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    return minimum
+
+
+def check_compiler(compiler_type: str) -> None:
+    """Raise BuildObstacleError where the C++ compiler is known to be of no use.
+
+    clang on Linux: the OpenMP calls it emits are those of libomp, torch brings GCC's libgomp. The
+    extension would link and then never load, or, with libomp linked in, run a second pool of
+    threads beside torch's.
+    """
+    if compiler_type != "unix":
+        raise BuildObstacleError(f"{compiler_type} compilers are not supported yet")
+    command = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    if shutil.which(command[0]) is None:
+        raise BuildObstacleError(f"no C++ compiler: {command[0]} was not found (CXX names another)")
+    if sys.platform == "linux":
+        # By its macros and not by its name: c++ may be either.
+        macros = subprocess.run(
+            [*command, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True
+        ).stdout
+        if "__clang__" in macros:
+            raise BuildObstacleError(
+                f"{command[0]} is clang, whose OpenMP is not the one of torch for Linux: "
+                "set CXX to g++"
+            )
 
 
 def sources(*patterns: str) -> list[str]:
@@ -113,7 +145,7 @@ def define_extension(torch: ModuleType | None) -> Extension:
     cuda = sources("csrc/cuda/*.cpp", "kernels/cuda/*.cu")
     rest = sources("csrc/**/*.*", "kernels/cuda/*.*")
     if torch is None:
-        return Extension("attn_kd._C", main, depends=rest, optional=True)
+        return Extension("attn_kd._C", main, depends=rest)
 
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
@@ -124,17 +156,19 @@ def define_extension(torch: ModuleType | None) -> Extension:
     # at::parallel_for is serial in files compiled without OpenMP. It is not a link flag: the
     # symbols resolve to the OpenMP runtime torch has loaded, so that there is one thread pool.
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
+    # Read by nobody: a changed command line is what recompiles for another torch, whose headers
+    # need not be newer files.
+    built_for = f"-DATTN_KD_BUILT_FOR_TORCH={torch.__version__}"
     make = CUDAExtension if with_cuda else CppExtension
     return make(
         "attn_kd._C",
         main + cuda if with_cuda else main,
         include_dirs=[str(ROOT / "csrc"), str(ROOT)],
         extra_compile_args={
-            "cxx": [*CXX_FLAGS, "-g0", *openmp, *features],
+            "cxx": [*CXX_FLAGS, "-g0", *openmp, *features, built_for],
             "nvcc": ["-O3", "-std=c++20", "--expt-relaxed-constexpr", *features],
         },
         depends=rest,
-        optional=True,
     )
 
 
@@ -155,13 +189,14 @@ def build_command(torch: ModuleType | None, obstacle: BuildObstacleError | None)
             try:
                 if obstacle is not None:
                     raise obstacle
+                self.force = True  # to link; ninja compiles what has changed
                 super().run()
             # Whatever the toolchain raises (a missing compiler, a failed ninja, a refused ABI
             # check each has its own type), the answer is the same: go on without the extension.
             except Exception as error:
                 if build_mode() == "require":
                     raise
-                cause = "" if isinstance(error, BuildObstacleError) else "compilation failed: "
+                cause = "" if isinstance(error, BuildObstacleError) else "the build failed: "
                 reason = cause + " ".join(str(error).split())
                 # An extension left by an earlier build would be taken for this one's.
                 for self.inplace in (False, inplace):
@@ -172,15 +207,7 @@ def build_command(torch: ModuleType | None, obstacle: BuildObstacleError | None)
             record_build(folder / "attn_kd" / "_build.json", reason, torch)
 
         def build_extensions(self) -> None:
-            compiler = os.environ.get("CXX", "c++").split()[0]
-            if self.compiler.compiler_type != "unix":
-                raise BuildObstacleError(
-                    f"{self.compiler.compiler_type} compilers are not supported yet"
-                )
-            if shutil.which(compiler) is None:
-                raise BuildObstacleError(
-                    f"no C++ compiler: {compiler} was not found (CXX names another)"
-                )
+            check_compiler(self.compiler.compiler_type)
             super().build_extensions()
 
         def build_extension(self, ext: Extension) -> None:
