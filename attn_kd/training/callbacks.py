@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -23,7 +25,16 @@ from attn_kd.training.records import history_entries, write_json
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """Training was stopped by Ctrl-C after a checkpoint had been written."""
+    """Training was stopped by Ctrl-C; the message says where it can go on."""
+
+
+@contextlib.contextmanager
+def begun_again(stage: str) -> Iterator[None]:
+    """Around a stage without checkpoints: Ctrl-C says that a resumed run begins it again."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise TrainingInterrupted(f"--resume begins {stage} again") from None
 
 
 class EpochAnnouncer(TrainerCallback):
@@ -139,12 +150,14 @@ class StopOnInterrupt(TrainerCallback):
     """As a context manager around a training: the first Ctrl-C ends it at a checkpoint.
 
     The step that is running is finished and a checkpoint written; then the context is left by
-    :class:`TrainingInterrupted`. A second Ctrl-C stops at once. Signals reach only the main thread;
-    a training in another one is not affected.
+    :class:`TrainingInterrupted`. If that step was the last one anyway nothing is raised: the
+    training is complete, and only :attr:`requested` tells. A second Ctrl-C stops at once. Signals
+    reach only the main thread; a training in another one is not affected.
     """
 
     def __init__(self) -> None:
         self.requested = False
+        self._stopped = False
         self._previous: Any = None
 
     def __enter__(self) -> StopOnInterrupt:
@@ -159,7 +172,7 @@ class StopOnInterrupt(TrainerCallback):
         traceback: TracebackType | None,
     ) -> None:
         self._restore()
-        if self.requested and kind is None:
+        if self._stopped and kind is None:
             raise TrainingInterrupted("a checkpoint is written; --resume goes on from there")
 
     def _request(self, number: int, frame: FrameType | None) -> None:
@@ -178,22 +191,29 @@ class StopOnInterrupt(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        if self.requested:
+        if self.requested and state.global_step < state.max_steps:
+            self._stopped = True
             control.should_save = True
             control.should_evaluate = False
             control.should_training_stop = True
 
 
 class TensorBoard(TensorBoardCallback):
-    """Writes the curves of the loss for TensorBoard into a folder of the run.
+    """Writes the curves of the loss for TensorBoard into a folder of the run."""
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        super().__init__(SummaryWriter(log_dir=str(folder)))
+
+
+def require_tensorboard() -> None:
+    """Check that curves can be written.
 
     Raises:
         InputError: the package tensorboard is not installed.
     """
-
-    def __init__(self, folder: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise InputError("tensorboard is True but the package tensorboard is missing") from None
-        super().__init__(SummaryWriter(log_dir=str(folder)))
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError:
+        raise InputError("tensorboard is True but the package tensorboard is missing") from None

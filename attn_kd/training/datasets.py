@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch.utils.data import IterableDataset
 
-from attn_kd.data import ImageAnnotations
+from attn_kd.data import CocoDetection, ImageAnnotations
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
@@ -49,3 +51,21 @@ def most_objects(dataset: DetectionDataset) -> int:
     """The number of objects in the image that has most."""
     annotated = (dataset.annotations(index) for index in range(len(dataset)))
     return max(int((~objects.iscrowd).sum()) for objects in annotated)
+
+
+def data_fingerprint(dataset: DetectionDataset | DetectionStream) -> str:
+    """SHA-256 of what is trained on: the classes, the images by file name, and their objects.
+
+    A folder keeps its fingerprint when it is moved. Of a stream only the classes are known.
+    """
+    digest = hashlib.sha256(json.dumps(dataset.categories).encode())
+    if not is_stream(dataset):
+        digest.update(f"{len(dataset)} images".encode())
+        if isinstance(dataset, CocoDetection):
+            digest.update(json.dumps([entry.path.name for entry in dataset.image_entries]).encode())
+        for index in range(len(dataset)):
+            objects = dataset.annotations(index)
+            digest.update(f"{index} {len(objects)}".encode())
+            for tensor in (objects.boxes, objects.class_labels, objects.iscrowd):
+                digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()

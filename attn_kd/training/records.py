@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,20 @@ from attn_kd.training.config import TrainingConfig, read_json
 RECORD_FILE = "training.json"
 HISTORY_FILE = "history.json"
 CHECKPOINTS = "checkpoints"
+CONFIG_FILE = "config.json"
+TENSORBOARD = "tensorboard"
+
+# What belongs to a run, in its folder.
+_RUN_ENTRIES = (
+    CONFIG_FILE,
+    "model.safetensors",
+    "preprocessor_config.json",
+    RECORD_FILE,
+    HISTORY_FILE,
+    TENSORBOARD,
+    CHECKPOINTS,
+)
+_REPLACED = "replaced"  # among the checkpoints: the run that this one replaces
 
 # transformers' names of what is logged at each step -> those of the history.
 _HISTORY_FIELDS = {
@@ -61,14 +77,22 @@ class TeacherIdentity:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What makes a run the run it is; one that goes on must have the same."""
+    """What makes a run the run it is; one that goes on must have the same.
+
+    Attributes:
+        config: the settings.
+        teacher: ``None`` where there is none.
+        data: :func:`~attn_kd.training.datasets.data_fingerprint` of the training split; ``None``
+            where it is not known, as in records written before it was kept.
+    """
 
     config: TrainingConfig
     teacher: TeacherIdentity | None = None
+    data: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         teacher = None if self.teacher is None else vars(self.teacher)
-        return {"config": self.config.to_dict(), "teacher": teacher}
+        return {"config": self.config.to_dict(), "teacher": teacher, "data": self.data}
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> RunRecord:
@@ -83,6 +107,7 @@ class RunRecord:
             return cls(
                 TrainingConfig.from_dict(values["config"]),
                 None if teacher is None else TeacherIdentity(**teacher),
+                values.get("data"),
             )
         except (KeyError, TypeError) as error:
             raise InputError(f"{path} is no record of a training run: {error}") from None
@@ -91,7 +116,8 @@ class RunRecord:
         """Check that this run, resumed, would go on with what ``earlier`` began.
 
         Raises:
-            InputError: the teacher's weights or a setting differ; the first that does is named.
+            InputError: a setting, the teacher's weights or the training data differ; the first that
+                does is named.
         """
         for name, (now, before) in self.config.differences(earlier.config).items():
             raise InputError(f"cannot resume {where}: {name} is {now!r}, it was {before!r}")
@@ -101,6 +127,11 @@ class RunRecord:
             raise InputError(
                 f"cannot resume {where}: the teacher is {_described(self.teacher)}, "
                 f"it was {_described(earlier.teacher)}"
+            )
+        if None not in (self.data, earlier.data) and self.data != earlier.data:
+            raise InputError(
+                f"cannot resume {where}: the training data has other images, boxes or classes than "
+                "it was begun with"
             )
 
 
@@ -121,25 +152,63 @@ class RunFolder:
     @property
     def is_finished(self) -> bool:
         """A model folder's configuration is written last."""
-        return (self.path / "config.json").is_file() and not self.checkpoints.exists()
+        return (self.path / CONFIG_FILE).is_file() and not self.checkpoints.exists()
+
+    @property
+    def pretrained(self) -> Path:
+        """Where the model is kept whose backbone has been pretrained, before the first step."""
+        return self.checkpoints / "pretrained"
+
+    @property
+    def has_pretrained(self) -> bool:
+        """Whether it is there; a model folder's configuration is written last."""
+        return (self.pretrained / CONFIG_FILE).is_file()
+
+    @property
+    def has_progress(self) -> bool:
+        """Whether there is anything that a resumed run could go on from."""
+        return self.has_pretrained or latest_checkpoint(self.checkpoints) is not None
+
+    def require_free(self, *, overwrite: bool) -> None:
+        """Check that a new run may begin here.
+
+        Raises:
+            InputError: the folder holds a run already and ``overwrite`` is not set.
+        """
+        holds_run = (self.path / CONFIG_FILE).exists() or (self.path / RECORD_FILE).exists()
+        if holds_run and not overwrite:
+            raise InputError(
+                f"{self.path} already holds a training run or a model; "
+                "resume it, overwrite it, or choose another folder"
+            )
 
     def begin(self, record: RunRecord, *, overwrite: bool) -> None:
         """Make the folder ready for a new run.
 
+        A run that it replaces is set aside, in the folder of checkpoints, until :meth:`finish`.
+
         Raises:
-            InputError: it holds a run already and ``overwrite`` is not set.
+            InputError: the folder holds a run already and ``overwrite`` is not set.
         """
-        if (self.path / "config.json").exists() or (self.path / RECORD_FILE).exists():
-            if not overwrite:
-                raise InputError(
-                    f"{self.path} already holds a training run or a model; "
-                    "resume it, overwrite it, or choose another folder"
-                )
-            shutil.rmtree(self.checkpoints, ignore_errors=True)
-            for name in ("config.json", HISTORY_FILE):
-                (self.path / name).unlink(missing_ok=True)
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self.require_free(overwrite=overwrite)
+        self.path.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self.checkpoints / _REPLACED, ignore_errors=True)
+        aside = Path(tempfile.mkdtemp(prefix=".replaced-", dir=self.path))
+        _move(_RUN_ENTRIES, self.path, aside)
+        self.checkpoints.mkdir()
+        aside.rename(self.checkpoints / _REPLACED)
         write_json(self.path / RECORD_FILE, record.to_dict())
+
+    def withdraw(self) -> None:
+        """Undo :meth:`begin`: what it replaced is back, and a folder with nothing else is gone."""
+        aside = Path(tempfile.mkdtemp(prefix=".replaced-", dir=self.path))
+        _move(_RUN_ENTRIES, self.checkpoints / _REPLACED, aside)
+        for name in _RUN_ENTRIES:
+            _remove(self.path / name)
+        _move(_RUN_ENTRIES, aside, self.path)
+        aside.rmdir()
+        with contextlib.suppress(OSError):  # it holds other files
+            self.path.rmdir()
 
     def resume(self, record: RunRecord) -> Path | None:
         """The checkpoint to go on from; ``None`` where the run had not come to its first.
@@ -155,6 +224,20 @@ class RunFolder:
     def finish(self) -> None:
         """Throw the checkpoints away: the model is saved."""
         shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+
+def _move(names: Iterable[str], source: Path, target: Path) -> None:
+    """Move those entries of a folder that exist."""
+    for name in names:
+        if (source / name).exists():
+            (source / name).rename(target / name)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

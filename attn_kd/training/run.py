@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -17,15 +18,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from attn_kd.errors import InputError
-from attn_kd.models import (
-    build_detr,
-    build_image_processor,
-    freeze_backbone,
-    get_preset,
-    load_backbone_weights,
-    load_detector,
-    save_detector,
-)
+from attn_kd.models import freeze_backbone, load_detector, save_detector
 from attn_kd.training.arguments import training_arguments
 from attn_kd.training.backbone_forward import bf16_backbone, feature_maps_as_input
 from attn_kd.training.callbacks import (
@@ -34,14 +27,26 @@ from attn_kd.training.callbacks import (
     ProgressBar,
     StopOnInterrupt,
     TensorBoard,
+    TrainingInterrupted,
+    begun_again,
+    require_tensorboard,
 )
 from attn_kd.training.config import TrainingConfig, read_json
-from attn_kd.training.datasets import is_stream, most_objects
+from attn_kd.training.datasets import data_fingerprint
 from attn_kd.training.evaluation import detection_metrics
 from attn_kd.training.pretrain import DenseObjectness
-from attn_kd.training.records import HISTORY_FILE, RunFolder, RunRecord, TeacherIdentity
+from attn_kd.training.records import (
+    HISTORY_FILE,
+    TENSORBOARD,
+    RunFolder,
+    RunRecord,
+    TeacherIdentity,
+    history_entries,
+    write_json,
+)
 from attn_kd.training.sources import Source, TrainingData, feature_source, image_source
-from attn_kd.training.trainer import DistillationTrainer
+from attn_kd.training.trainer import DistillationTrainer, checkpoint_state
+from attn_kd.training.untrained import Teacher, rehearse, untrained_detector
 
 if TYPE_CHECKING:
     from transformers import DetrForObjectDetection
@@ -106,9 +111,9 @@ def train_detector(
 
     Raises:
         InputError: the configuration, the data or the folder cannot be used.
-        TrainingInterrupted: Ctrl-C; a checkpoint is left in ``out``.
+        TrainingInterrupted: Ctrl-C; what ``out`` then holds can be resumed.
     """
-    return _Run(config, None, out, RunOptions(**options)).execute(data)
+    return _Run(config, None, data, out, RunOptions(**options)).execute()
 
 
 def distill_detector(
@@ -132,9 +137,9 @@ def distill_detector(
 
     Raises:
         InputError: the configuration, the teacher, the data or the folder cannot be used.
-        TrainingInterrupted: Ctrl-C; a checkpoint is left in ``out``.
+        TrainingInterrupted: Ctrl-C; what ``out`` then holds can be resumed.
     """
-    return _Run(config, Path(teacher), out, RunOptions(**options)).execute(data)
+    return _Run(config, Path(teacher), data, out, RunOptions(**options)).execute()
 
 
 class _Run:
@@ -144,66 +149,116 @@ class _Run:
         self,
         config: TrainingConfig,
         teacher_folder: Path | None,
+        data: TrainingData | str | os.PathLike,
         out: str | os.PathLike,
         options: RunOptions,
     ) -> None:
         self.config = config
         self.options = options
         self.folder = RunFolder(Path(out))
-        self.teacher = self.teacher_processor = identity = None
+        self.data = data if isinstance(data, TrainingData) else TrainingData.open(data)
+        self.teacher = identity = None
         if teacher_folder is not None:
-            self.teacher, self.teacher_processor = load_detector(teacher_folder)
+            self.teacher = Teacher(*load_detector(teacher_folder))
             identity = TeacherIdentity.of(teacher_folder)
-        self.record = RunRecord(config, identity)
+        self.record = RunRecord(config, identity, data_fingerprint(self.data.train))
 
-    def execute(self, data: TrainingData | str | os.PathLike) -> TrainingRun:
+    def execute(self) -> TrainingRun:
         """Train, unless that is done already, and load the result."""
         started = time.perf_counter()
-        if not isinstance(data, TrainingData):
-            data = TrainingData.open(data)
-        checkpoint = self._open_folder()
-        if not self.folder.is_finished:
-            self._train(data, checkpoint)
+        if self.options.resume:
+            checkpoint = self.folder.resume(self.record)
+            if not self.folder.is_finished:
+                self._go_on(checkpoint)
+        else:
+            self._start()
         model, processor = load_detector(self.folder.path)
         history = read_json(self.folder.path / HISTORY_FILE, list)
         seconds = time.perf_counter() - started
         return TrainingRun(self.folder.path, self.config, model, processor, history, seconds)
 
-    def _open_folder(self) -> Path | None:
-        """The checkpoint to go on from, if any."""
-        if self.options.resume:
-            return self.folder.resume(self.record)
+    def _start(self) -> None:
+        """Train from the first step; where that cannot even begin, the folder stays as it was."""
         arguments = self._arguments()
+        is_main = arguments.process_index == 0
+        if is_main:
+            self.folder.require_free(overwrite=self.options.overwrite)
+        model, processor = self._prepare()
         with arguments.main_process_first(desc="opening the folder"):
-            if arguments.process_index == 0:
+            if is_main:
                 self.folder.begin(self.record, overwrite=self.options.overwrite)
-        return None
+        try:
+            self._train(model, processor, None)
+        except (InputError, OSError):
+            if is_main and not self.folder.has_progress:
+                self.folder.withdraw()
+            raise
 
-    def _train(self, data: TrainingData, checkpoint: Path | None) -> None:
+    def _go_on(self, checkpoint: Path | None) -> None:
+        """Train on from a checkpoint, or from the first step where there is none."""
+        state = None if checkpoint is None else checkpoint_state(checkpoint)
+        if checkpoint is None or state is None or state.global_step < state.max_steps:
+            self._train(*self._prepare(), checkpoint)
+            return
+        # Only the end of the run is missing; transformers would train for a step too many.
+        arguments = self._arguments()
+        with arguments.main_process_first(desc="saving the model"):
+            if arguments.process_index == 0:
+                write_json(self.folder.path / HISTORY_FILE, history_entries(state.log_history))
+                save_detector(*load_detector(checkpoint), self.folder.path)
+                self.folder.finish()
+
+    def _prepare(self) -> tuple[DetrForObjectDetection, BaseImageProcessor]:
+        """The untrained model and its processor, after all has been checked that can be by now."""
+        config = self.config
+        if config.tensorboard:
+            require_tensorboard()
+        if config.eval_steps is not None and self.data.val is None:
+            warnings.warn(
+                f"eval_steps is {config.eval_steps} but the data has no validation split; "
+                "nothing is measured during training",
+                stacklevel=2,
+            )
+        set_seed(config.seed)
+        model, processor = untrained_detector(config, self.data.train, self.teacher)
+        rehearse(config, model, processor, self.data.train, self.teacher)
+        return model, processor
+
+    def _train(
+        self,
+        model: DetrForObjectDetection,
+        processor: BaseImageProcessor,
+        checkpoint: Path | None,
+    ) -> None:
         """From the untrained model, or a checkpoint, to the saved model."""
         config = self.config
-        set_seed(config.seed)
-        model, processor = self._build(data)
-        models = [model] if self.teacher is None else [model, self.teacher]
+        models = [model] if self.teacher is None else [model, self.teacher.model]
+        interrupt = StopOnInterrupt()
         with contextlib.ExitStack() as stack:
             if config.amp == "bf16-backbone":
                 stack.enter_context(bf16_backbone(*models))
-            if checkpoint is not None:
+            trained = checkpoint
+            if checkpoint is None and self.folder.has_pretrained:
+                trained = self.folder.pretrained
+            if trained is not None:
                 # The trainer does that too, but after the features have been cached.
-                model.load_state_dict(load_detector(checkpoint)[0].state_dict())
+                model.load_state_dict(load_detector(trained)[0].state_dict())
             elif config.pretrain_backbone_steps and not self._starts_from_teacher:
-                self._pretrain(model, image_source(data.train, processor, config))
+                self._pretrain(model, processor)
             if config.freeze_backbone:
                 freeze_backbone(model)
-            trainer = self._trainer(model, processor, data)
+            with begun_again("the caching of features"):
+                trainer = self._trainer(model, processor)
             if config.cache_features or self._shares_backbone:
                 stack.enter_context(feature_maps_as_input(*models))
-            trainer.add_callback(stack.enter_context(StopOnInterrupt()))
+            trainer.add_callback(stack.enter_context(interrupt))
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if trainer.is_world_process_zero():
             save_detector(model, processor, self.folder.path)
             self.folder.finish()
         trainer.accelerator.wait_for_everyone()
+        if interrupt.requested:
+            raise TrainingInterrupted("the training had come to its end; the model is saved")
 
     @property
     def _starts_from_teacher(self) -> bool:
@@ -213,52 +268,9 @@ class _Run:
     def _shares_backbone(self) -> bool:
         return self._starts_from_teacher and self.config.freeze_backbone
 
-    def _build(self, data: TrainingData) -> tuple[DetrForObjectDetection, BaseImageProcessor]:
-        """The model as training finds it, and the processor of its images: the teacher's if any."""
-        config = self.config
-        overrides: dict[str, Any] = {"auxiliary_loss": config.auxiliary_loss}
-        if config.dropout is not None:
-            overrides["dropout"] = config.dropout
-        model = build_detr(
-            config.preset,
-            encoder_layers=config.encoder_layers,
-            decoder_layers=config.decoder_layers,
-            num_queries=self._num_queries(data),
-            num_labels=len(data.train.categories),
-            id2label=dict(enumerate(data.train.categories)),
-            **overrides,
-        )
-        if self._starts_from_teacher:
-            load_backbone_weights(model, self.teacher)
-        elif config.freeze_backbone and not config.pretrain_backbone_steps:
-            raise InputError(
-                "freeze_backbone is True but nothing has trained the backbone; "
-                "expected pretrain_backbone_steps above 0, or a teacher's backbone"
-            )
-        if self.teacher_processor is not None:
-            return model, self.teacher_processor
-        size = None
-        if config.image_size is not None:
-            size = dict.fromkeys(get_preset(config.preset).image_size, config.image_size)
-        return model, build_image_processor(config.preset, image_size=size)
-
-    def _num_queries(self, data: TrainingData) -> int | None:
-        """As configured; else the teacher's; else what the data needs; else the preset's.
-
-        For one object an image there is one query (Rubin et al. 2021): with nothing to compete for
-        it converges several times faster. For more, DETR wants clearly more queries than objects.
-        """
-        if self.config.num_queries is not None:
-            return self.config.num_queries
-        if self.teacher is not None:
-            return self.teacher.config.num_queries
-        if is_stream(data.train):
-            return None
-        most = most_objects(data.train)
-        return 1 if most <= 1 else 2 * most
-
-    def _pretrain(self, model: DetrForObjectDetection, source: Source) -> None:
-        """Dense objectness: trains the backbone of ``model`` in place."""
+    def _pretrain(self, model: DetrForObjectDetection, processor: BaseImageProcessor) -> None:
+        """Dense objectness: trains the backbone of ``model`` in place, and keeps the result."""
+        source = image_source(self.data.train, processor, self.config)
         trainer = DistillationTrainer(
             model=DenseObjectness(model),
             args=self._arguments(
@@ -272,17 +284,22 @@ class _Run:
             data_collator=source.collate,
             callbacks=self._callbacks(source, "backbone"),
         )
-        trainer.train()
+        with begun_again("the pretraining of the backbone"):
+            trainer.train()
+        trainer.require_finite_weights()
+        if trainer.is_world_process_zero():
+            save_detector(model, processor, self.folder.pretrained)
+        trainer.accelerator.wait_for_everyone()
 
     def _trainer(
-        self, model: DetrForObjectDetection, processor: BaseImageProcessor, data: TrainingData
+        self, model: DetrForObjectDetection, processor: BaseImageProcessor
     ) -> DistillationTrainer:
-        config = self.config
+        config, data = self.config, self.data
         evaluate = None
         if config.eval_steps is not None and data.val is not None:
             evaluate = partial(detection_metrics, processor=processor, dataset=data.val)
         arguments = self._arguments(**({} if evaluate else {"eval_strategy": "no"}))
-        source = self._source(model, processor, data, arguments)
+        source = self._source(model, processor, arguments)
         return DistillationTrainer(
             model=model,
             args=arguments,
@@ -293,9 +310,9 @@ class _Run:
             callbacks=[
                 *self._callbacks(source, "training"),
                 HistoryWriter(self.folder.path / HISTORY_FILE),
-                *([TensorBoard(self.folder.path / "tensorboard")] if config.tensorboard else []),
+                *([TensorBoard(self.folder.path / TENSORBOARD)] if config.tensorboard else []),
             ],
-            teacher=self.teacher,
+            teacher=None if self.teacher is None else self.teacher.model,
             alpha=config.alpha,
             temperature=config.temperature,
             class_weight=config.class_weight,
@@ -309,18 +326,17 @@ class _Run:
         self,
         model: DetrForObjectDetection,
         processor: BaseImageProcessor,
-        data: TrainingData,
         arguments: TrainingArguments,
     ) -> Source:
         if not self.config.cache_features:
-            return image_source(data.train, processor, self.config)
+            return image_source(self.data.train, processor, self.config)
         with arguments.main_process_first(desc="caching features"):
             return feature_source(
                 model,
-                data.train,
+                self.data.train,
                 processor,
                 self.config,
-                teacher=self.teacher,
+                teacher=None if self.teacher is None else self.teacher.model,
                 folder=self.options.feature_folder,
                 device=arguments.device,
                 progress=self._bar("features"),

@@ -11,14 +11,16 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import pickle
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerControl
+from transformers import Trainer, TrainerControl, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
@@ -26,6 +28,7 @@ from attn_kd.distill import AttentionDistiller, distillation_loss
 from attn_kd.errors import InputError
 from attn_kd.models import load_detector
 from attn_kd.models.checkpoint import quiet_transformers
+from attn_kd.training.config import read_json
 
 #: The file in every checkpoint that says which run, and which teacher, it belongs to.
 RECORD_NAME = "attn_kd.json"
@@ -120,8 +123,7 @@ class DistillationTrainer(Trainer):
             result = self._distiller.run(inputs, student=model)
             outputs = result.student
             parts = distillation_loss(result, **self.loss_weights)
-            # The baseline's divergence is measured; left out of the loss, it has no backward pass.
-            loss = parts.total if self.loss_weights["alpha"] > 0 else parts.detection
+            loss = parts.total
             self._parts.add(detection_loss=parts.detection, attention_kl=parts.attention_kl)
             if self.loss_weights["class_weight"] > 0:
                 self._parts.add(class_kl=parts.class_kl)
@@ -161,9 +163,19 @@ class DistillationTrainer(Trainer):
                 raise
             raise self._diverged() from error
 
+    def require_finite_weights(self) -> None:
+        """Check the weights, buffers included, of the model as it is now.
+
+        Raises:
+            InputError: one is not finite.
+        """
+        state = self.accelerator.unwrap_model(self.model).state_dict()
+        if not all(tensor.isfinite().all() for tensor in state.values()):
+            raise self._diverged()
+
     def _diverged(self) -> InputError:
         return InputError(
-            f"the training diverged by step {self.state.global_step + 1}; "
+            f"the training diverged by step {max(1, self.state.global_step)}; "
             f"expected a learning_rate below {self.args.learning_rate:g}"
         )
 
@@ -220,7 +232,12 @@ class DistillationTrainer(Trainer):
         return metrics
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save beside, then rename: a save cut short leaves the checkpoint before it as it was."""
+        """Save beside, then rename: a save cut short leaves the checkpoint before it as it was.
+
+        Raises:
+            InputError: the weights are no longer finite; the checkpoint before is left.
+        """
+        self.require_finite_weights()
         run_folder = Path(self.args.output_dir)
         final = run_folder / f"checkpoint-{self.state.global_step}"
         self._staging = run_folder / ".saving"
@@ -250,8 +267,61 @@ class DistillationTrainer(Trainer):
         saved, _ = load_detector(resume_from_checkpoint)
         self.model.load_state_dict(saved.state_dict())
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As in the base class, which takes a missing file for nothing to load.
+
+        Raises:
+            InputError: a file is missing or broken.
+        """
+        if checkpoint is not None:
+            for name in ("optimizer.pt", "scheduler.pt"):
+                if not (Path(checkpoint) / name).is_file():
+                    raise InputError(f"cannot resume from {checkpoint}: it has no {name}")
+        with _broken_files_named(checkpoint, "optimizer.pt or scheduler.pt"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """As in the base class.
+
+        Raises:
+            InputError: the file is broken.
+        """
+        with _broken_files_named(checkpoint, "rng_state.pth"):
+            super()._load_rng_state(checkpoint)
+
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging or self.args.output_dir)
+
+
+def checkpoint_state(checkpoint: Path) -> TrainerState:
+    """How far a checkpoint has come, and what was logged until then.
+
+    Raises:
+        InputError: the file is missing or broken.
+    """
+    path = checkpoint / TRAINER_STATE_NAME
+    read_json(path, dict)
+    with _broken_files_named(checkpoint, path.name):
+        return TrainerState.load_from_json(str(path))
+
+
+@contextlib.contextmanager
+def _broken_files_named(checkpoint: str | Path | None, files: str) -> Iterator[None]:
+    """Turn what reading damaged files raises into one clear error."""
+    try:
+        yield
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+        KeyError,
+        EOFError,
+        OSError,
+        pickle.UnpicklingError,
+    ) as error:
+        raise InputError(
+            f"cannot resume from {checkpoint}: {files} is broken ({type(error).__name__})"
+        ) from error
 
 
 class _Means:

@@ -1,11 +1,11 @@
 """An interrupted training goes on, and ends where an uninterrupted one does."""
 
+import errno
 import shutil
 import signal
 
 import pytest
 from safetensors.torch import load_file
-from torch.utils.data import Dataset
 
 from attn_kd.data import CocoDetection
 from attn_kd.errors import InputError
@@ -17,32 +17,27 @@ from attn_kd.training import (
     train_detector,
 )
 from attn_kd.training.records import RunFolder, RunRecord, TeacherIdentity, latest_checkpoint
+from tests.tiny_data import write_tiny_data
 
 
-class PressesCtrlC(Dataset):
-    """A validation split that sends this process a SIGINT when it is first read."""
+class PressesCtrlC(CocoDetection):
+    """A split that sends this process a SIGINT when it is read for the n-th time."""
 
-    def __init__(self, dataset):
-        self.dataset = dataset
-        self.categories = dataset.categories
-        self.annotations = dataset.annotations
-        self.pressed = False
-
-    def __len__(self):
-        return len(self.dataset)
+    def __init__(self, root, split, *, at=1):
+        super().__init__(root, split)
+        self.reads_left = at
 
     def __getitem__(self, index):
-        if not self.pressed:
-            self.pressed = True
+        self.reads_left -= 1
+        if self.reads_left == 0:
             signal.raise_signal(signal.SIGINT)
-        return self.dataset[index]
+        return super().__getitem__(index)
 
 
 @pytest.fixture
 def interrupted_data(tiny_data):
     """Interrupts the training at its first evaluation; the step after that is finished."""
-    val = PressesCtrlC(CocoDetection(tiny_data, "val"))
-    return TrainingData(CocoDetection(tiny_data, "train"), val)
+    return TrainingData(CocoDetection(tiny_data, "train"), PressesCtrlC(tiny_data, "val"))
 
 
 @pytest.fixture
@@ -152,3 +147,106 @@ def test_checkpoint_cut_short_does_not_count(interrupted_data, config, tmp_path)
     # What a process killed while saving leaves behind.
     (checkpoint.parent / ".saving" / "checkpoint-5").mkdir(parents=True)
     assert latest_checkpoint(checkpoint.parent) == checkpoint
+
+
+@pytest.fixture(scope="module")
+def interrupted_run(tiny_data, tiny_config, tmp_path_factory):
+    out = tmp_path_factory.mktemp("interrupted") / "out"
+    data = TrainingData(CocoDetection(tiny_data, "train"), PressesCtrlC(tiny_data, "val"))
+    interrupt(train_detector, tiny_config.replace(eval_steps=1), data, out=out)
+    return out
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"]
+)
+def test_broken_file_of_a_checkpoint_is_named(
+    tiny_data, tiny_config, interrupted_run, tmp_path, name
+):
+    out = shutil.copytree(interrupted_run, tmp_path / "out")
+    file = latest_checkpoint(out / "checkpoints") / name
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(InputError, match=r"cannot (resume|load)"):
+        train_detector(tiny_config, tiny_data, out, resume=True, device="cpu")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"global_step": 2, "foreign": 1}'])
+def test_broken_state_of_a_checkpoint_is_named(
+    tiny_data, tiny_config, interrupted_run, tmp_path, text
+):
+    out = shutil.copytree(interrupted_run, tmp_path / "out")
+    (latest_checkpoint(out / "checkpoints") / "trainer_state.json").write_text(text)
+    with pytest.raises(InputError, match=r"trainer_state\.json"):
+        train_detector(tiny_config, tiny_data, out, resume=True, device="cpu")
+
+
+def test_checkpoint_without_its_optimizer_is_refused(
+    tiny_data, tiny_config, interrupted_run, tmp_path
+):
+    out = shutil.copytree(interrupted_run, tmp_path / "out")
+    (latest_checkpoint(out / "checkpoints") / "optimizer.pt").unlink()
+    with pytest.raises(InputError, match=r"it has no optimizer\.pt"):
+        train_detector(tiny_config, tiny_data, out, resume=True, device="cpu")
+
+
+def test_other_data_is_refused(tiny_config, interrupted_run, tmp_path):
+    other = write_tiny_data(tmp_path / "other", seed=1)  # as many images, of the same names
+    with pytest.raises(InputError, match="the training data has other images"):
+        train_detector(tiny_config, other, interrupted_run, resume=True, device="cpu")
+
+
+def test_data_may_have_moved(tiny_data, tiny_config, interrupted_run, tmp_path):
+    out = shutil.copytree(interrupted_run, tmp_path / "out")
+    moved = shutil.copytree(tiny_data, tmp_path / "moved")
+    run = train_detector(tiny_config, moved, out, resume=True, device="cpu")
+    assert run.history[-1]["step"] == tiny_config.max_steps
+
+
+def test_ctrl_c_after_the_last_step_finds_the_training_complete(tiny_data, tiny_config, tmp_path):
+    config = tiny_config.replace(max_steps=4, eval_steps=4)  # inside the second epoch
+    whole = train_detector(config, tiny_data, tmp_path / "whole", device="cpu")
+    data = TrainingData(CocoDetection(tiny_data, "train"), PressesCtrlC(tiny_data, "val"))
+    out = tmp_path / "out"
+    with pytest.raises(TrainingInterrupted, match="the model is saved"):
+        train_detector(config, data, out, device="cpu")
+    again = train_detector(config, tiny_data, out, resume=True, device="cpu")
+    assert largest_difference(whole.model.state_dict(), again.model.state_dict()) == 0
+    assert again.history[-1]["step"] == 4
+
+
+def test_run_whose_last_step_is_done_is_not_trained_further(
+    tiny_data, tiny_config, tmp_path, monkeypatch
+):
+    config = tiny_config.replace(max_steps=4)
+    whole = train_detector(config, tiny_data, tmp_path / "whole", device="cpu")
+
+    def disk_is_full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr("attn_kd.training.run.save_detector", disk_is_full)
+        train_detector(config, tiny_data, tmp_path / "out", device="cpu")
+    resumed = train_detector(config, tiny_data, tmp_path / "out", resume=True, device="cpu")
+    assert largest_difference(whole.model.state_dict(), resumed.model.state_dict()) == 0
+    assert [entry["step"] for entry in resumed.history] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("read", "stage"),
+    [(3, "the pretraining of the backbone"), (20, "the caching of features")],
+    ids=["pretraining", "caching"],
+)
+def test_ctrl_c_before_the_first_checkpoint_begins_that_stage_again(
+    tiny_data, tiny_config, tmp_path, read, stage
+):
+    # Every image is read once in the three steps of pretraining, then once to be cached.
+    config = tiny_config.replace(
+        pretrain_backbone_steps=3, freeze_backbone=True, cache_features=True
+    )
+    whole = train_detector(config, tiny_data, tmp_path / "whole", device="cpu")
+    data = TrainingData(PressesCtrlC(tiny_data, "train", at=read))
+    out = tmp_path / "out"
+    with pytest.raises(TrainingInterrupted, match=f"--resume begins {stage} again"):
+        train_detector(config, data, out, device="cpu")
+    resumed = train_detector(config, tiny_data, out, resume=True, device="cpu")
+    assert largest_difference(whole.model.state_dict(), resumed.model.state_dict()) == 0

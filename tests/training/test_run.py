@@ -134,7 +134,8 @@ def test_data_without_a_validation_split_trains(tiny_config, tmp_path):
     data = write_tiny_data(tmp_path / "data")
     (data / "annotations" / "instances_val.json").unlink()
     config = tiny_config.replace(eval_steps=2)
-    assert train_detector(config, data, tmp_path / "out", device="cpu").history
+    with pytest.warns(UserWarning, match="eval_steps is 2 but the data has no validation split"):
+        assert train_detector(config, data, tmp_path / "out", device="cpu").history
 
 
 def test_bf16_trains_to_finite_weights(tiny_data, tiny_config, tiny_teacher, tmp_path):
@@ -167,6 +168,75 @@ def test_overwriting_starts_anew(tiny_data, tiny_config, tiny_teacher, tmp_path)
     second = train_detector(config, tiny_data, tmp_path / "out", overwrite=True, device="cpu")
     assert not same(first.model.state_dict(), second.model.state_dict())
     assert second.config == config
+
+
+@pytest.fixture
+def data_with_a_broken_image(tmp_path):
+    data = write_tiny_data(tmp_path / "broken data")
+    file = data / "images" / "train_007.png"
+    file.write_bytes(file.read_bytes()[:200])
+    return data
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"preset": "detr-tinny"}, "did you mean 'detr-tiny'"),
+        ({"freeze_backbone": True, "teacher_backbone": False}, "nothing has trained the backbone"),
+        ({"preset": "detr-r50"}, "backbone"),
+        ({"image_size": 96}, "image_size is 96, the teacher's is height 64, width 64"),
+        ({"num_queries": 4, "class_weight": 0.5}, "compares object query with object query"),
+    ],
+    ids=["preset", "untrained backbone", "other backbone", "image size", "class term"],
+)
+def test_refused_settings_leave_no_folder(
+    tiny_data, tiny_config, tiny_teacher, tmp_path, changes, message
+):
+    config = tiny_config.replace(**changes)
+    with pytest.raises(InputError, match=message):
+        distill_detector(config, tiny_teacher, tiny_data, tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out").exists()
+
+
+def test_class_term_needs_the_classes_of_the_teacher(tiny_config, tiny_teacher, tmp_path):
+    data = write_tiny_data(tmp_path / "data")
+    for file in (data / "annotations").iterdir():
+        file.write_text(file.read_text().replace('"needle"', '"nerve"'))
+    config = tiny_config.replace(class_weight=0.5)
+    with pytest.raises(InputError, match="the teacher detects needle and the data has nerve"):
+        distill_detector(config, tiny_teacher, data, tmp_path / "out", device="cpu")
+
+
+def test_image_found_broken_in_training_leaves_no_folder(
+    data_with_a_broken_image, tiny_config, tmp_path
+):
+    with pytest.raises(InputError, match="train_007"):
+        train_detector(tiny_config, data_with_a_broken_image, tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flaw", ["settings", "data"])
+def test_overwriting_by_what_is_refused_keeps_the_model(
+    tiny_data, data_with_a_broken_image, tiny_config, tmp_path, flaw
+):
+    out = tmp_path / "out"
+    train_detector(tiny_config, tiny_data, out, device="cpu")
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    config = tiny_config.replace(preset="detr-tinny") if flaw == "settings" else tiny_config
+    data = data_with_a_broken_image if flaw == "data" else tiny_data
+    with pytest.raises(InputError):
+        train_detector(config, data, out, overwrite=True, device="cpu")
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+
+
+def test_error_of_a_loading_process_is_its_message_alone(
+    data_with_a_broken_image, tiny_config, tmp_path
+):
+    config = tiny_config.replace(num_workers=1)
+    with pytest.raises(InputError) as caught:
+        train_detector(config, data_with_a_broken_image, tmp_path / "out", device="cpu")
+    assert "train_007" in str(caught.value)
+    assert "Traceback" not in str(caught.value)
 
 
 def test_loss_that_is_no_longer_finite_stops_the_training(tiny_data, tiny_config, tmp_path):
