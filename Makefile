@@ -1,4 +1,4 @@
-# One command for each purpose. On a machine with only python3 (with venv), make and g++ (11 or newer)
+# One command for each purpose. On a machine with only python3 (with venv), make and g++ 11 or newer
 # each target first builds what it needs: the virtual environment, the packages, the extension.
 #
 #   make demo    the main job, small: teacher, baseline and distilled student; report in demo/
