@@ -11,6 +11,9 @@ from torch import Tensor
 
 from attn_kd.errors import InputError
 
+# How Pillow reports a damaged file; SyntaxError is its complaint about broken PNG chunks.
+DAMAGE = (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError)
+
 
 def read_image(path: str | os.PathLike) -> Tensor:
     """Decode an image file to uint8 [3, H, W].
@@ -23,8 +26,7 @@ def read_image(path: str | os.PathLike) -> Tensor:
     try:
         with PIL.Image.open(path) as image:
             return to_tensor(image)
-    # Pillow reports damage in several ways; SyntaxError is its complaint about broken PNG chunks.
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+    except DAMAGE as error:
         raise InputError(f"{path} cannot be read as an image: {error}") from error
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import PIL.Image
 import PIL.ImageSequence
 
-from attn_kd.data import to_rgb
+from attn_kd.data.images import DAMAGE, to_rgb
 from attn_kd.errors import InputError
 
 IMAGE_SUFFIXES = frozenset(
@@ -71,8 +71,7 @@ def _image_frames(file: Path) -> Iterator[Frame]:
             animated = getattr(opened, "n_frames", 1) > 1
             for index, image in enumerate(PIL.ImageSequence.Iterator(opened)):
                 yield Frame(file, index if animated else None, to_rgb(image))
-    # Pillow reports damage in several ways; SyntaxError is its complaint about broken PNG chunks.
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+    except DAMAGE as error:
         raise InputError(f"{file} cannot be read as an image: {error}") from error
 
 

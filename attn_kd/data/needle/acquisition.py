@@ -107,7 +107,8 @@ def add_noise(echo: Tensor, places: list[list[list[int]]], scanner: Scanner) -> 
 def add_rough_mirror(echo: Tensor, amplitude: Tensor, place: list[int]) -> None:
     """Add the echo [T, S, S] of a mirror with a rough surface to one clip's echo [T, 2, S, S].
 
-    Its speckle lies still while the mirror moves through it.
+    Its speckle lies still while the mirror moves through it. It is cut from one tile for all clips
+    of all seeds, each at a place of its own.
     """
     size = echo.shape[-1]
     row, column = place

@@ -56,6 +56,11 @@ class NeedleFrames:
     has_needle: Tensor
     is_short: Tensor
 
+    def cpu(self) -> NeedleFrames:
+        """The same in the memory of the CPU."""
+        tensors = (self.frames, self.boxes, self.has_needle, self.is_short)
+        return NeedleFrames(*(tensor.cpu() for tensor in tensors))
+
 
 @dataclass(frozen=True)
 class _Scene:

@@ -25,9 +25,11 @@ class NeedleStream(IterableDataset):
     Args:
         seed: of the clips.
         num_frames: length of the stream; endless if None.
-        first_clip: where it starts: a resumed run goes on where the interrupted one ended.
+        first_clip: where it starts; a stream that follows another begins where that one ended.
         settings: of the simulator.
         chunk: frames simulated at once.
+        device: where they are simulated; items are on the CPU. On a GPU simulate in the main
+            process (no workers), with a larger chunk.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class NeedleStream(IterableDataset):
         first_clip: int = 0,
         settings: NeedleSettings | None = None,
         chunk: int = 16,
+        device: torch.device | str = "cpu",
     ) -> None:
         if num_frames is not None and num_frames < 1:
             raise InputError(f"num_frames is {num_frames}; expected at least 1 or None")
@@ -48,6 +51,7 @@ class NeedleStream(IterableDataset):
         self._stop = None if num_frames is None else first_clip + num_frames
         self._settings = settings or NeedleSettings()
         self._chunk = chunk
+        self._device = device
 
     @property
     def categories(self) -> list[str]:
@@ -63,8 +67,12 @@ class NeedleStream(IterableDataset):
             if self._stop is not None:
                 stop = min(stop, self._stop)
             chunk = simulate_frames(
-                stop - start, seed=self._seed, first_clip=start, settings=self._settings
-            )
+                stop - start,
+                seed=self._seed,
+                first_clip=start,
+                settings=self._settings,
+                device=self._device,
+            ).cpu()
             for i in range(stop - start):
                 yield _item(chunk, i, start + i)
             start += count * self._chunk

@@ -50,6 +50,15 @@ def test_a_stream_resumes_where_another_ended():
         assert (item["image"].int() - expected["image"].int()).abs().max() <= 1
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_frames_simulated_on_a_gpu_are_handed_out_on_the_cpu():
+    here = NeedleStream(num_frames=4, settings=SMALL)
+    there = NeedleStream(num_frames=4, settings=SMALL, device="cuda")
+    for expected, item in zip(here, there, strict=True):
+        assert item["image"].device.type == item["target"]["boxes"].device.type == "cpu"
+        assert len(item["target"]["boxes"]) == len(expected["target"]["boxes"])
+
+
 @pytest.mark.parametrize("options", [{"num_frames": 0}, {"chunk": 0}], ids=str)
 def test_lengths_below_one_are_refused(options):
     with pytest.raises(InputError, match=next(iter(options))):
