@@ -40,13 +40,15 @@ def bf16_backbone(*models: DetrForObjectDetection) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         for model in models:
-            if model.device.type != "cpu" or cpu_computes_bf16():
+            if computes_bf16(model.device):
                 stack.enter_context(_wrapped(model, _in_bf16))
         yield
 
 
-def cpu_computes_bf16() -> bool:
-    """Whether there are instructions for it; emulated, it is several times slower than float32."""
+def computes_bf16(device: torch.device | str) -> bool:
+    """Whether there are instructions for it; a CPU that emulates it is slower than in float32."""
+    if torch.device(device).type != "cpu":
+        return True
     capabilities = torch.cpu.get_capabilities()
     return any(has is True for name, has in capabilities.items() if name.endswith("bf16"))
 

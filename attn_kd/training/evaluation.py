@@ -149,28 +149,45 @@ def attention_divergence(
 ) -> float:
     """Mean KL(student || teacher) of the distilled layers' attention over a split, without dropout.
 
-    Images count alike, whatever their number of visible positions.
+    Images count alike, whatever their number of visible positions. None is padded: images of
+    different sizes go through one by one, so the figure does not depend on the batches.
     """
     total = 0.0
     device = student.device if device is None else device
     distiller = AttentionDistiller(teacher.to(device), student.to(device), layers=layers)
-    with _evaluating(student), distiller:
-        for batch, indices, _ in progress(_batches(dataset, processor, batch_size, num_workers)):
-            inputs = {name: batch[name].to(device) for name in ("pixel_values", "pixel_mask")}
-            total += distiller(**inputs).attention_kl.item() * len(indices)
+    with distiller, _evaluating(student):
+        for batch, _, _ in progress(_batches(dataset, processor, batch_size, num_workers)):
+            for inputs in _without_padding(batch):
+                on_device = {name: tensor.to(device) for name, tensor in inputs.items()}
+                total += distiller(**on_device).attention_kl.item() * len(inputs["pixel_mask"])
     return total / len(dataset)
+
+
+def _without_padding(batch: dict[str, Any]) -> Iterator[dict[str, torch.Tensor]]:
+    """The images of a batch: together where they fill it, else one by one."""
+    pixels, mask = batch["pixel_values"], batch["pixel_mask"]
+    if mask.all():
+        yield {"pixel_values": pixels, "pixel_mask": mask}
+        return
+    for image, inside in zip(pixels, mask, strict=True):
+        height, width = int(inside.any(1).sum()), int(inside.any(0).sum())
+        yield {
+            "pixel_values": image[None, :, :height, :width],
+            "pixel_mask": inside[None, :height, :width],
+        }
 
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode and without gradients; its own mode is restored."""
-    was_training = model.training
+    """The model in evaluation mode and without gradients; its modules' modes are restored."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.inference_mode():
             yield
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
 
 
 class _Numbered(Dataset):

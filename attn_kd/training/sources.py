@@ -13,6 +13,7 @@ import torch
 
 from attn_kd.data import Augmentation, CocoDetection, DetectionCollator, annotation_file
 from attn_kd.errors import InputError
+from attn_kd.training.backbone_forward import computes_bf16
 from attn_kd.training.config import TrainingConfig
 from attn_kd.training.datasets import DetectionDataset, DetectionStream, is_stream
 from attn_kd.training.feature_cache import (
@@ -103,13 +104,15 @@ def feature_source(
     collators = [DetectionCollator(processor)]
     if config.augment:
         collators += [DetectionCollator(processor, Augmentation())] * (config.cache_views - 1)
+    in_bf16 = config.amp == "bf16-backbone" and computes_bf16(device)
+    precision = "bf16" if in_bf16 else "float32"
     cached = cache_features(
         model,
         dataset,
         collators,
         seed=config.seed,
         folder=folder,
-        key=None if folder is None else _what_features_depend_on(dataset, processor),
+        key=None if folder is None else _what_features_depend_on(dataset, processor, precision),
         device=device,
         progress=progress,
     )
@@ -117,7 +120,7 @@ def feature_source(
 
 
 def _what_features_depend_on(
-    dataset: DetectionDataset, processor: BaseImageProcessor
+    dataset: DetectionDataset, processor: BaseImageProcessor, precision: str
 ) -> dict[str, Any]:
     """Besides the backbone: the images by name, size and time, and all that is done to them."""
     if not isinstance(dataset, CocoDetection):
@@ -135,4 +138,5 @@ def _what_features_depend_on(
         "images": digest.hexdigest(),
         "processor": processor.to_json_string(),
         "augmentation": asdict(Augmentation()),
+        "precision": precision,
     }

@@ -118,12 +118,38 @@ def test_attention_is_no_way_from_that_of_the_same_weights(val, processor):
     )
 
 
-def test_attention_divergence_is_a_mean_over_images(val, processor):
+class _OfTwoSizes(torch.utils.data.Dataset):
+    """Every other image is cut to half its height."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+        self.categories, self.annotations = dataset.categories, dataset.annotations
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        item = self.dataset[index]
+        return {**item, "image": item["image"][:, :32]} if index % 2 else item
+
+
+def test_attention_divergence_does_not_depend_on_the_batch(val):
+    # This preset keeps the shape of an image, so that images of two sizes make padding.
+    processor = build_image_processor("detr-r50", image_size={"max_height": 64, "max_width": 64})
     teacher, student = detector(2), detector(1)
     for model in (teacher, student):
         for parameter in model.model.encoder.parameters():
             parameter.data *= 4  # so that maps are far from uniform
-    together = attention_divergence(teacher, student, processor, val, batch_size=4)
-    alone = attention_divergence(teacher, student, processor, val, batch_size=1)
+    images = _OfTwoSizes(val)
+    together = attention_divergence(teacher, student, processor, images, batch_size=4)
+    alone = attention_divergence(teacher, student, processor, images, batch_size=1)
     assert together > 0.01
     assert together == pytest.approx(alone, rel=1e-4)
+
+
+def test_mode_of_each_module_is_restored(val, processor):
+    model = detector().train()
+    model.model.backbone.eval()
+    attention_divergence(detector(2), model, processor, val)
+    assert model.model.encoder.training
+    assert not any(module.training for module in model.model.backbone.modules())

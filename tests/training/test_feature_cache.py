@@ -7,7 +7,7 @@ from attn_kd.models import build_detr, build_image_processor, freeze_backbone
 from attn_kd.training import TrainingConfig
 from attn_kd.training.backbone_forward import (
     bf16_backbone,
-    cpu_computes_bf16,
+    computes_bf16,
     feature_maps_as_input,
 )
 from attn_kd.training.feature_cache import FeatureCollator, cache_features
@@ -104,6 +104,16 @@ def test_other_backbone_has_a_folder_of_its_own(model, processor, dataset, tmp_p
     assert first.store.folder != second.store.folder
 
 
+@pytest.mark.skipif(not computes_bf16("cpu"), reason="this CPU has no bfloat16 instructions")
+def test_other_precision_has_a_folder_of_its_own(model, processor, dataset, tmp_path):
+    config = TrainingConfig(freeze_backbone=True, cache_features=True, cache_views=1)
+    first, second = (
+        feature_source(model, dataset, processor, config.replace(amp=amp), folder=tmp_path)
+        for amp in ("none", "bf16-backbone")
+    )
+    assert first.dataset.store.folder != second.dataset.store.folder
+
+
 def test_interrupted_caching_leaves_no_folder_that_would_be_used(
     model, processor, dataset, tmp_path
 ):
@@ -163,7 +173,7 @@ def test_forward_of_the_class_comes_back(model):
     assert "forward" not in vars(backbone)
 
 
-@pytest.mark.skipif(not cpu_computes_bf16(), reason="this CPU has no bfloat16 instructions")
+@pytest.mark.skipif(not computes_bf16("cpu"), reason="this CPU has no bfloat16 instructions")
 def test_bf16_backbone_rounds_the_features_and_nothing_else(model):
     images, mask = torch.randn(1, 3, 64, 64), torch.ones(1, 64, 64)
     exact, _ = model.model.backbone(images, mask)[-1]
