@@ -67,7 +67,15 @@ def load_detector(
             model, report = DetrForObjectDetection.from_pretrained(
                 folder, local_files_only=True, output_loading_info=True
             )
-        except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        # ImportError: the configuration asks for a backbone of a package that is not installed.
+        except (
+            OSError,
+            ValueError,
+            TypeError,
+            RuntimeError,
+            ImportError,
+            SafetensorError,
+        ) as error:
             raise InputError(f"{folder}: cannot load the model: {error}") from error
         try:
             processor = DetrImageProcessorPil.from_pretrained(folder, local_files_only=True)

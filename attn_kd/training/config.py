@@ -102,7 +102,8 @@ class TrainingConfig:
         Raises:
             InputError: a name is no field (the nearest is suggested), or a value is refused.
         """
-        return cls.from_dict({"preset": preset, **RECIPES.get(preset, {}), **values})
+        recipe = RECIPES.get(preset, {}) if isinstance(preset, str) else {}  # else refused below
+        return cls.from_dict({"preset": preset, **recipe, **values})
 
     @property
     def backbone_rate(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import pytest
@@ -107,6 +108,15 @@ def test_another_kind_of_model_is_refused(folder):
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "yolos"}))
     with pytest.raises(InputError, match="model_type 'yolos'; expected 'detr'"):
+        load_detector(folder)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("timm"), reason="timm is installed")
+def test_backbone_of_a_missing_package_is_an_input_error(folder):
+    backbone = {"model_type": "timm_backbone", "backbone": "resnet50"}
+    config = json.loads((folder / "config.json").read_text()) | {"backbone_config": backbone}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"(?s)cannot load the model: .*timm"):
         load_detector(folder)
 
 

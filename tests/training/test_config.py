@@ -13,6 +13,12 @@ def test_round_trip_through_json(tmp_path):
     assert TrainingConfig.load(tmp_path / "training.json") == config
 
 
+@pytest.mark.parametrize("preset", [["detr-tiny"], {}, None, 1])
+def test_preset_that_is_no_name_is_refused(preset):
+    with pytest.raises(InputError, match=r"preset is .*; expected str"):
+        TrainingConfig.for_preset(preset)
+
+
 def test_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         TrainingConfig().alpha = 0.1

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from attn_kd.data import CocoDetection, DetectionCollator
+from attn_kd.errors import InputError
 from attn_kd.models import (
     build_detr,
     build_image_processor,
@@ -127,6 +128,16 @@ def test_only_the_last_checkpoint_is_kept(trainer, tmp_path, tiny_config):
     trainer(config=tiny_config.replace(save_steps=1)).train()
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
     assert (tmp_path / "checkpoint-2" / "attn_kd.json").is_file()
+
+
+def test_weights_that_are_not_finite_do_not_replace_a_checkpoint(trainer, tmp_path, tiny_config):
+    trained = trainer(config=tiny_config.replace(save_steps=1))
+    trained.train()
+    before = (tmp_path / "checkpoint-2" / "model.safetensors").read_bytes()
+    trained.model.bbox_predictor.layers[0].weight.data[0, 0] = float("nan")
+    with pytest.raises(InputError, match="diverged by step 2"):
+        trained._save_checkpoint(trained.model, None)
+    assert (tmp_path / "checkpoint-2" / "model.safetensors").read_bytes() == before
 
 
 def test_evaluation_needs_something_that_evaluates(trainer):
