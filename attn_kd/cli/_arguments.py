@@ -19,7 +19,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of every command; the frame adds and applies them, commands only read them."""
     group = parser.add_argument_group("common options")
     group.add_argument(
-        "--seed", type=whole_number, default=0, metavar="N", help="seed of everything random"
+        "--seed", type=whole_number, metavar="N", help="seed of everything random (default: 0)"
     )
     group.add_argument(
         "--threads",
@@ -31,9 +31,14 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def apply_common_arguments(args: argparse.Namespace) -> None:
-    """Seed torch and set its threads, before the command runs."""
+    """Seed torch and set its threads, before the command runs.
+
+    ``args.seed_is_given`` says whether the seed is the user's or the default.
+    """
     import torch
 
+    args.seed_is_given = args.seed is not None
+    args.seed = args.seed or 0
     torch.manual_seed(args.seed)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
@@ -145,6 +150,14 @@ def positive_float(text: str) -> float:
     number = _real(text)
     if number <= 0:
         raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return number
+
+
+def non_negative_float(text: str) -> float:
+    """argparse type: a finite number of at least 0."""
+    number = _real(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
     return number
 
 

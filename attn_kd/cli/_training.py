@@ -11,9 +11,9 @@ from attn_kd.cli._arguments import (
     add_data_argument,
     add_device_argument,
     add_output_argument,
-    output_folder,
     positive_float,
     positive_int,
+    require_writable,
     resolve_device,
     whole_number,
 )
@@ -109,25 +109,27 @@ def configuration(args: argparse.Namespace, **known: Any) -> TrainingConfig:
     """The configuration of a command line.
 
     A field is what an argument says; else what ``--config`` says; else ``known``; else what the
-    preset's recipe says. The seed is that of the command. A training that is resumed has the
+    preset's recipe says. A training that is resumed has the
     settings it was begun with; an argument that says otherwise is refused later, by name.
 
     Raises:
         InputError: a value is refused, or a file that is read.
     """
-    base = {"seed": args.seed, **known}
+    base = known
     if args.resume:
         base = RunRecord.load(args.out / RECORD_FILE).config.to_dict()
     from_file = {} if args.config is None else read_json(args.config, dict)
-    fields = vars(TrainingConfig()).keys() - {"seed"}
+    fields = vars(TrainingConfig()).keys()
     given = {n: v for n, v in vars(args).items() if n in fields and v is not None}
+    if not args.seed_is_given:
+        del given["seed"]
     return TrainingConfig.for_preset(**{**base, **from_file, **given})
 
 
 def run_options(args: argparse.Namespace, title: str) -> dict[str, Any]:
     """How the training is run: the fields of :class:`~attn_kd.training.RunOptions`."""
     if not args.resume:
-        output_folder(args.out)
+        require_writable(args.out)
     return {
         "resume": args.resume,
         "overwrite": args.overwrite,

@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from attn_kd.cli._arguments import fraction, positive_float
+from attn_kd.cli._arguments import fraction, non_negative_float, positive_float
 from attn_kd.cli._training import (
     MODEL_OPTIONS,
     Option,
@@ -29,7 +29,10 @@ _DISTILLATION_OPTIONS = (
     Option("--alpha", "alpha", "weight of the distillation, 0 to 1 (default: 0.7)", fraction),
     Option("--temperature", "temperature", "of the class term (default: 1)", positive_float),
     Option(
-        "--class-weight", "class_weight", "weight of the class term (default: 0)", positive_float
+        "--class-weight",
+        "class_weight",
+        "weight of the class term (default: 0)",
+        non_negative_float,
     ),
     Option(
         "--own-backbone",

@@ -16,10 +16,13 @@ from typing import Any
 from attn_kd.cli._arguments import (
     add_data_argument,
     add_device_argument,
+    output_folder,
     positive_int,
+    require_writable,
     resolve_device,
     whole_number,
 )
+from attn_kd.errors import InputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,14 +49,15 @@ def run(args: argparse.Namespace) -> int:
     device = resolve_device(args.device)
     from tqdm import tqdm
 
-    from attn_kd.cli._arguments import output_folder
     from attn_kd.data import CocoDetection
     from attn_kd.models import load_detector
     from attn_kd.training import evaluate_detector
     from attn_kd.training.records import write_json
 
     if args.json is not None:
-        output_folder(args.json.parent)
+        if args.json.is_dir():
+            raise InputError(f"--json {args.json} is a folder; expected a file to write")
+        require_writable(args.json.parent)
     model, processor = load_detector(args.model)
     metrics = evaluate_detector(
         model,
@@ -68,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
     )
     print("\n".join(f"{name:<18} {_shown(value)}" for name, value in metrics.items()))
     if args.json is not None:
+        output_folder(args.json.parent)
         write_json(args.json, {name: _json_number(value) for name, value in metrics.items()})
     return 0
 

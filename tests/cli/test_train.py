@@ -55,10 +55,21 @@ def test_settings_come_from_argument_then_file_then_recipe(data, tmp_path):
     assert values["amp"] == "bf16-backbone"  # recipe of the preset
 
 
-def test_seed_is_that_of_the_command(data, tmp_path):
-    options = ["--steps", "1", "--pretrain-steps", "0", "-q", "--seed", "7"]
-    assert train(data, tmp_path / "out", *options) == 0
-    assert settings(tmp_path / "out")["seed"] == 7
+@pytest.mark.parametrize(("seed", "expected"), [([], 7), (["--seed", "3"], 3)])
+def test_seed_is_a_setting_like_any_other(data, tmp_path, seed, expected):
+    file = tmp_path / "settings.json"
+    file.write_text('{"seed": 7}')
+    options = ["--steps", "1", "--pretrain-steps", "0", "-q", "--config", str(file)]
+    assert train(data, tmp_path / "out", *options, *seed) == 0
+    assert settings(tmp_path / "out")["seed"] == expected
+
+
+def test_resuming_with_another_seed_is_refused_by_name(data, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert train(data, out, "--steps", "1", "--pretrain-steps", "0", "-q") == 0
+    capsys.readouterr()
+    assert main(["train", "--data", data, "--out", str(out), "--resume", "--seed", "5"]) == 2
+    assert "seed is 5, it was 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -69,8 +80,16 @@ def test_seed_is_that_of_the_command(data, tmp_path):
         (["--cache-features"], "freeze_backbone is False"),
         (["--config", "missing.json"], "cannot read missing.json"),
         (["--resume"], "training.json"),
+        (["--freeze-backbone", "--pretrain-steps", "0"], "nothing has trained the backbone"),
     ],
-    ids=["preset", "learning rate", "cache without freezing", "no such file", "nothing to resume"],
+    ids=[
+        "preset",
+        "learning rate",
+        "cache without freezing",
+        "no such file",
+        "nothing to resume",
+        "untrained backbone",
+    ],
 )
 def test_bad_input_is_one_line(data, tmp_path, capsys, arguments, message):
     try:
@@ -81,13 +100,14 @@ def test_bad_input_is_one_line(data, tmp_path, capsys, arguments, message):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("attn-kd train: error: ")
     assert message in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_missing_data_leaves_nothing_half_written(tmp_path, capsys):
     assert train(str(tmp_path / "nowhere"), tmp_path / "out", "-q") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "nowhere" in line
-    assert not any((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 def test_output_that_cannot_be_written_is_refused_before_training(data, tmp_path, capsys):
