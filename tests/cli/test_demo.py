@@ -94,3 +94,10 @@ def test_other_settings_cannot_be_resumed(finished, capsys):
     out, _ = finished
     assert main(["demo", "--quick", "--seed", "1", "--resume", "--out", str(out)]) == 2
     assert "seed is 1, it was 0" in capsys.readouterr().err
+
+
+def test_finished_demo_is_not_overwritten_unasked(finished, capsys):
+    out, before = finished
+    assert main(["demo", "--quick", "--out", str(out)]) == 2
+    assert "earlier run" in capsys.readouterr().err
+    assert os.stat(out / "teacher" / "model.safetensors").st_mtime_ns == before
