@@ -17,7 +17,6 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
-from attn_kd.errors import InputError
 from attn_kd.models import freeze_backbone, load_detector, save_detector
 from attn_kd.training.arguments import training_arguments
 from attn_kd.training.backbone_forward import bf16_backbone, feature_maps_as_input
@@ -189,7 +188,7 @@ class _Run:
                 self.folder.begin(self.record, overwrite=self.options.overwrite)
         try:
             self._train(model, processor, None)
-        except (InputError, OSError):
+        except Exception:
             if is_main and not self.folder.has_progress:
                 self.folder.withdraw()
             raise
@@ -244,7 +243,8 @@ class _Run:
                 # The trainer does that too, but after the features have been cached.
                 model.load_state_dict(load_detector(trained)[0].state_dict())
             elif config.pretrain_backbone_steps and not self._starts_from_teacher:
-                self._pretrain(model, processor)
+                with begun_again("the pretraining of the backbone"):
+                    self._pretrain(model, processor)
             if config.freeze_backbone:
                 freeze_backbone(model)
             with begun_again("the caching of features"):
@@ -284,8 +284,7 @@ class _Run:
             data_collator=source.collate,
             callbacks=self._callbacks(source, "backbone"),
         )
-        with begun_again("the pretraining of the backbone"):
-            trainer.train()
+        trainer.train()
         trainer.require_finite_weights()
         if trainer.is_world_process_zero():
             save_detector(model, processor, self.folder.pretrained)

@@ -44,6 +44,7 @@ def test_student_is_shallow_and_otherwise_like_its_teacher(teacher, data, tmp_pa
 
 def test_layers_and_alpha_are_arguments(teacher, data, tmp_path):
     options = ["--encoder-layers", "2", "--decoder-layers", "1", "--alpha", "0.25"]
+    options += ["--class-weight", "0"]
     assert distill(teacher, data, tmp_path / "out", *options) == 0
     assert load_detector(tmp_path / "out")[0].config.encoder_layers == 2
     entry = json.loads((tmp_path / "out" / "history.json").read_text())[0]

@@ -75,6 +75,25 @@ def test_bad_input_is_one_line(model, data, capsys, changes, message):
     assert message in line
 
 
+def test_image_found_broken_by_a_loading_process_is_one_line(model, tmp_path, capsys):
+    data = write_tiny_data(tmp_path / "data")
+    file = data / "images" / "val_004.png"
+    file.write_bytes(file.read_bytes()[:200])
+    assert evaluate(model, str(data), "--workers", "1") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "val_004.png" in line
+    assert "Traceback" not in line
+
+
+def test_folder_in_place_of_a_file_is_refused_before_anything_is_measured(
+    model, data, tmp_path, capsys
+):
+    assert evaluate(model, data, "--json", str(tmp_path)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "is a folder; expected a file" in captured.err
+
+
 def test_model_of_other_classes_is_refused(data, tmp_path, capsys):
     detector = build_detr("detr-tiny", encoder_layers=1, decoder_layers=1, id2label={0: "nerve"})
     save_detector(detector, build_image_processor("detr-tiny"), tmp_path)

@@ -118,6 +118,24 @@ def test_output_that_cannot_be_written_is_refused_before_training(data, tmp_path
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal to another process")
+def test_ctrl_c_in_pretraining_is_one_line_that_says_how_to_go_on(data, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "attn_kd", "train", "--data", data, "--out", str(out), *BRIEF]
+    command += ["--steps", "1", "--pretrain-steps", "100000", "-q"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (out / "training.json").exists() and time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    time.sleep(0.5)  # into the first steps
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    (line,) = errors.split("\n")[1:-1]
+    assert line.endswith("interrupted; --resume begins the pretraining of the backbone again")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a signal to another process")
 def test_ctrl_c_ends_at_a_checkpoint_and_resume_ends_the_training(data, tmp_path):
     out = tmp_path / "out"
     options = [*BRIEF, "--steps", "25", "--pretrain-steps", "0", "--save-steps", "1"]
