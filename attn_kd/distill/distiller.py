@@ -79,8 +79,10 @@ class AttentionDistiller:
     While a distiller is open the distilled layers' attention implementation is "attn_kd" and the
     teacher is in evaluation mode; `close` puts both back (several distillers may share a model; the
     last one restores it). Nothing else of either model is touched: no hooks, no attributes, and
-    `requires_grad` stays as it is. Close only after the last backward pass: activation
-    checkpointing recomputes layers there.
+    `requires_grad` stays as it is. The other layers run as "sdpa" meanwhile where their own
+    implementation does not take attn_kd's masks ("eager", say): results may then differ in their
+    last bits, and no attention maps are returned. Close only after the last backward pass:
+    activation checkpointing recomputes layers there.
 
     Args:
         teacher: a transformers model, or a wrapper that passes keyword arguments on to one.
@@ -151,7 +153,9 @@ class AttentionDistiller:
             batch: keyword arguments of the student's forward pass.
             teacher_inputs: those of the teacher's, where they differ (a clip instead of a frame,
                 cached features); None: `batch` without `labels`. Both maps are taken under the
-                student's mask, so the teacher's log-sum-exp is then computed anew.
+                student's mask, so the teacher's log-sum-exp is then computed anew. Grids are
+                compared by their number of tokens; that 4 x 6 does not meet 6 x 4 is the caller's
+                duty.
             student: the student in a wrapper (DistributedDataParallel, torch.compile), to be called
                 in its place; it must contain the distiller's own student.
         """
