@@ -68,7 +68,7 @@ def add_data_argument(parser: argparse.ArgumentParser) -> None:
 def add_output_argument(
     parser: argparse.ArgumentParser, what: str, *, required: bool = True
 ) -> None:
-    """``--out``, a folder for ``what``; prepare it with :func:`output_folder`."""
+    """``--out``, a folder for ``what``; check it with :func:`require_writable`."""
     parser.add_argument(
         "--out",
         required=required,
@@ -99,23 +99,6 @@ def resolve_device(name: str | None) -> torch.device:
             f"--device {name!r} is not usable: torch sees {torch.cuda.device_count()} GPUs"
         )
     return device
-
-
-def output_folder(path: Path) -> Path:
-    """Create the folder ``path`` and make sure that a file can be written there.
-
-    Called before the work starts, so that hours of training do not end in a refused write.
-
-    Raises:
-        InputError: the folder cannot be made or written to; the message gives the system's reason.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise InputError(f"cannot write to {path}: {error.strerror or error}") from None
-    return path
 
 
 def require_writable(folder: Path) -> Path:

@@ -118,12 +118,18 @@ def configuration(args: argparse.Namespace, **known: Any) -> TrainingConfig:
     base = known
     if args.resume:
         base = RunRecord.load(args.out / RECORD_FILE).config.to_dict()
-    from_file = {} if args.config is None else read_json(args.config, dict)
+    from_file = {} if args.config is None else _settings(args.config)
     fields = vars(TrainingConfig()).keys()
     given = {n: v for n, v in vars(args).items() if n in fields and v is not None}
     if not args.seed_is_given:
         del given["seed"]
     return TrainingConfig.for_preset(**{**base, **from_file, **given})
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """The settings in a file: alone, or in the record of a run (its ``training.json``)."""
+    values = read_json(path, dict)
+    return RunRecord.load(path).config.to_dict() if "config" in values else values
 
 
 def run_options(args: argparse.Namespace, title: str) -> dict[str, Any]:

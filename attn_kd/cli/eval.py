@@ -16,7 +16,6 @@ from typing import Any
 from attn_kd.cli._arguments import (
     add_data_argument,
     add_device_argument,
-    output_folder,
     positive_int,
     require_writable,
     resolve_device,
@@ -72,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     )
     print("\n".join(f"{name:<18} {_shown(value)}" for name, value in metrics.items()))
     if args.json is not None:
-        output_folder(args.json.parent)
+        args.json.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.json, {name: _json_number(value) for name, value in metrics.items()})
     return 0
 

@@ -53,11 +53,6 @@ def test_device_that_is_not_here_is_refused_by_name(name):
         _arguments.resolve_device(name)
 
 
-def test_output_folder_is_made_with_its_parents(tmp_path):
-    assert _arguments.output_folder(tmp_path / "a" / "b").is_dir()
-    assert list((tmp_path / "a" / "b").iterdir()) == []
-
-
 def test_writable_folder_is_not_made_yet(tmp_path):
     assert _arguments.require_writable(tmp_path / "a" / "b") == tmp_path / "a" / "b"
     assert list(tmp_path.iterdir()) == []

@@ -55,6 +55,14 @@ def test_settings_come_from_argument_then_file_then_recipe(data, tmp_path):
     assert values["amp"] == "bf16-backbone"  # recipe of the preset
 
 
+def test_settings_may_be_those_of_another_run(data, tmp_path):
+    options = ["--steps", "1", "--pretrain-steps", "0", "-q"]
+    assert train(data, tmp_path / "first", *options, "--lr", "0.02") == 0
+    record = str(tmp_path / "first" / "training.json")
+    assert train(data, tmp_path / "second", "--config", record, "-q", "--seed", "1") == 0
+    assert settings(tmp_path / "second") == settings(tmp_path / "first") | {"seed": 1}
+
+
 @pytest.mark.parametrize(("seed", "expected"), [([], 7), (["--seed", "3"], 3)])
 def test_seed_is_a_setting_like_any_other(data, tmp_path, seed, expected):
     file = tmp_path / "settings.json"
