@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import hypothesis
@@ -14,6 +15,10 @@ hypothesis.settings.register_profile("default", deadline=None, derandomize=True,
 # For a search beyond what every run repeats: pytest --hypothesis-profile=explore
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000)
 hypothesis.settings.load_profile("default")
+
+# A job that a script puts in the background ignores Ctrl-C, and so would the programs started by
+# the tests that interrupt them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
