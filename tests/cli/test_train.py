@@ -125,12 +125,26 @@ def test_output_that_cannot_be_written_is_refused_before_training(data, tmp_path
     assert "cannot write to" in line
 
 
+@pytest.fixture
+def start():
+    """Starts a program with its stderr piped; kills it at the end if a test has failed before."""
+    started = []
+
+    def popen(command):
+        started.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+        return started[-1]
+
+    yield popen
+    for process in started:
+        process.kill()
+
+
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal to another process")
-def test_ctrl_c_in_pretraining_is_one_line_that_says_how_to_go_on(data, tmp_path):
+def test_ctrl_c_in_pretraining_is_one_line_that_says_how_to_go_on(data, start, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "attn_kd", "train", "--data", data, "--out", str(out), *BRIEF]
     command += ["--steps", "1", "--pretrain-steps", "100000", "-q"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = start(command)
     deadline = time.monotonic() + 60
     while not (out / "training.json").exists() and time.monotonic() < deadline:
         assert process.poll() is None, process.stderr.read()
@@ -144,12 +158,12 @@ def test_ctrl_c_in_pretraining_is_one_line_that_says_how_to_go_on(data, tmp_path
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal to another process")
-def test_ctrl_c_ends_at_a_checkpoint_and_resume_ends_the_training(data, tmp_path):
+def test_ctrl_c_ends_at_a_checkpoint_and_resume_ends_the_training(data, start, tmp_path):
     out = tmp_path / "out"
     options = [*BRIEF, "--steps", "25", "--pretrain-steps", "0", "--save-steps", "1"]
     options += ["--amp", "none"]
     command = [sys.executable, "-m", "attn_kd", "train", "--data", data, "--out", str(out)]
-    process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
+    process = start([*command, *options])
     deadline = time.monotonic() + 60
     while latest_checkpoint(out / "checkpoints") is None and time.monotonic() < deadline:
         assert process.poll() is None, process.stderr.read()
