@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from attn_kd._atomic import replacing_file
 from attn_kd.errors import InputError
 from attn_kd.training.config import read_json
+from attn_kd.training.records import write_json
 
 
 class Stages:
@@ -51,7 +51,7 @@ class Stages:
         self._kept: set[Path] = set()
         if not resume:
             self._forget_later_stages()
-        _write_json(settings_file, settings)
+        write_json(settings_file, settings)
 
     def run(self, name: str, work: Callable[[bool], dict[str, Any]]) -> dict[str, Any]:
         """The result of stage ``name``: ``work(resume)``, or what it gave when it was last run.
@@ -69,7 +69,7 @@ class Stages:
         self._forget_later_stages()
         started = time.perf_counter()
         result = {**work(may_go_on), "seconds": round(time.perf_counter() - started, 1)}
-        _write_json(record, result)
+        write_json(record, result)
         return result
 
     def _forget_later_stages(self) -> None:
@@ -98,8 +98,3 @@ def _require_same(settings: dict[str, Any], file: Path) -> None:
                 f"cannot resume in {file.parent}: {name} is {settings.get(name)!r}, "
                 f"it was {before.get(name)!r}"
             )
-
-
-def _write_json(path: Path, value: Any) -> None:
-    with replacing_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n")
