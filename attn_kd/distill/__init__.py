@@ -2,5 +2,13 @@
 
 from attn_kd.distill.distiller import AttentionDistiller, DistillationResult
 from attn_kd.distill.losses import DistillationLoss, distillation_loss
+from attn_kd.distill.recorder import TeacherPass, TeacherRecorder
 
-__all__ = ["AttentionDistiller", "DistillationLoss", "DistillationResult", "distillation_loss"]
+__all__ = [
+    "AttentionDistiller",
+    "DistillationLoss",
+    "DistillationResult",
+    "TeacherPass",
+    "TeacherRecorder",
+    "distillation_loss",
+]

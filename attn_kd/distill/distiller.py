@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -14,21 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from attn_kd.distill.layers import LayerPair, pair_layers
-from attn_kd.distill.loans import Loans
+from attn_kd.distill.recorder import TeacherPass, TeacherRecorder
+from attn_kd.distill.tapped import TappedModel
 from attn_kd.errors import InputError
-from attn_kd.integrations.attention_modules import (
-    SwitchedImplementation,
-    configuration,
-    untapped_implementation,
-)
-from attn_kd.nn.taps import (
-    TAPS_ARGUMENT,
-    AttentionRecord,
-    AttentionTaps,
-    FuseTap,
-    RecordTap,
-    mean_divergence,
-)
+from attn_kd.nn.taps import AttentionRecord, FuseTap, mean_divergence
 from attn_kd.ops.checks import check_options
 
 
@@ -45,23 +32,6 @@ class DistillationResult:
     attention_kl_per_layer: dict[str, Tensor]  # by student path, 0-dimensional
     student: Any  # the student's own output (a transformers ModelOutput)
     teacher: Any  # the teacher's, without gradient
-
-
-class _EvaluationMode:
-    """A model in evaluation mode, until `undo` gives every module its own mode back."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._modes = [(module, module.training) for module in model.modules()]
-        model.eval()
-
-    def undo(self) -> None:
-        for module, training in self._modes:
-            module.training = training
-
-
-# Distillers that are open at the same time may share a teacher or a student.
-_frozen_teachers: Loans[_EvaluationMode] = Loans()
-_switched_configs: Loans[SwitchedImplementation] = Loans()
 
 
 class AttentionDistiller:
@@ -110,18 +80,18 @@ class AttentionDistiller:
             raise InputError(
                 "teacher and student are one model; expected two (copy.deepcopy makes another)"
             )
-        for role, model in (("teacher", teacher), ("student", student)):
-            _check_passes_keywords(role, model)
         self.teacher = teacher
         self.student = student
         self._pairs = pair_layers(student, teacher, layers)
         self._divergence = divergence
         self._head_reduction = head_reduction
         with ExitStack() as changes:
-            self._teacher_untapped = _switch(teacher, [p.teacher for p in self._pairs], changes)
-            self._student_untapped = _switch(student, [p.student for p in self._pairs], changes)
-            _frozen_teachers.take(teacher, partial(_EvaluationMode, teacher))
-            changes.callback(_frozen_teachers.give_back, teacher)
+            # Two student layers may learn from one teacher layer.
+            recorded = dict.fromkeys(pair.teacher_path for pair in self._pairs)
+            self._recorder = changes.enter_context(TeacherRecorder(teacher, recorded))
+            students = {pair.student_path: pair.student for pair in self._pairs}
+            self._tapped = TappedModel("student", student, students)
+            changes.callback(self._tapped.close)
             self._changes = changes.pop_all()
         self._open = True
 
@@ -145,6 +115,7 @@ class AttentionDistiller:
         batch: Mapping[str, Any],
         *,
         teacher_inputs: Mapping[str, Any] | None = None,
+        teacher_pass: TeacherPass | None = None,
         student: nn.Module | None = None,
     ) -> DistillationResult:
         """Like calling the distiller, with more room.
@@ -156,29 +127,22 @@ class AttentionDistiller:
                 student's mask, so the teacher's log-sum-exp is then computed anew. Grids are
                 compared by their number of tokens; that 4 x 6 does not meet 6 x 4 is the caller's
                 duty.
+            teacher_pass: what the teacher gave for these images before; it is not run then. A
+                record's log-sum-exp must belong to the mask that the student has, or be None.
             student: the student in a wrapper (DistributedDataParallel, torch.compile), to be called
                 in its place; it must contain the distiller's own student.
+
+        Raises:
+            InputError: as for a call; or the given pass lacks a layer.
         """
         if not self._open:
             raise InputError("the distiller is closed; expected an open one")
-        own_inputs = teacher_inputs is not None
-        if teacher_inputs is None:
-            teacher_inputs = {name: value for name, value in batch.items() if name != "labels"}
-        teacher_output, records = self._run_teacher(teacher_inputs)
-        if own_inputs:
-            records = {path: record._replace(lse=None) for path, record in records.items()}
-        taps = {pair.student_path: self._fuse_tap(pair, records) for pair in self._pairs}
-        run_student = self.student if student is None else student
-        student_output = run_student(
-            **batch,
-            **_taps_argument(
-                [(pair.student, taps[pair.student_path]) for pair in self._pairs],
-                self._student_untapped,
-            ),
-        )
-        per_layer = {path: _collect(tap) for path, tap in taps.items()}
+        given = self._teacher_pass(batch, teacher_inputs, teacher_pass)
+        taps = {pair.student_path: self._fuse_tap(pair, given.records) for pair in self._pairs}
+        output = self._tapped.run(batch, taps, through=student)
+        per_layer = {path: self._collect(tap) for path, tap in taps.items()}
         mean = torch.stack(list(per_layer.values())).mean()
-        return DistillationResult(mean, per_layer, student_output, teacher_output)
+        return DistillationResult(mean, per_layer, output, given.output)
 
     def close(self) -> None:
         """Leave both models as they were found. Closing again does nothing."""
@@ -197,26 +161,26 @@ class AttentionDistiller:
     ) -> None:
         self.close()
 
-    def _run_teacher(self, inputs: Mapping[str, Any]) -> tuple[Any, dict[str, AttentionRecord]]:
-        """Return the teacher's output and its layers' records by teacher path."""
-        modules = {pair.teacher_path: pair.teacher for pair in self._pairs}
-        taps = {path: RecordTap(path) for path in modules}
-        if any(module.training for module in self.teacher.modules()):
-            self.teacher.eval()  # somebody has called train() on it since
-        with torch.no_grad():
-            output = self.teacher(
-                **inputs,
-                **_taps_argument(
-                    [(module, taps[path]) for path, module in modules.items()],
-                    self._teacher_untapped,
-                ),
-            )
-        records = {}
-        for path, tap in taps.items():
-            if tap.record is None:
-                raise _did_not_run("teacher", path)
-            records[path] = tap.record
-        return output, records
+    def _teacher_pass(
+        self,
+        batch: Mapping[str, Any],
+        teacher_inputs: Mapping[str, Any] | None,
+        teacher_pass: TeacherPass | None,
+    ) -> TeacherPass:
+        """Return the pass that was given, or the teacher's on its own inputs or on the batch."""
+        if teacher_pass is not None:
+            if teacher_inputs is not None:
+                raise InputError("teacher_inputs and teacher_pass are both given; expected one")
+            for path in self._recorder.paths:
+                if path not in teacher_pass.records:
+                    known = ", ".join(map(repr, teacher_pass.records)) or "none"
+                    raise InputError(
+                        f"the given teacher_pass has no record of layer {path!r}; it has {known}"
+                    )
+            return teacher_pass
+        if teacher_inputs is not None:
+            return self._recorder(teacher_inputs).without_lse()
+        return self._recorder({name: value for name, value in batch.items() if name != "labels"})
 
     def _fuse_tap(self, pair: LayerPair, records: Mapping[str, AttentionRecord]) -> FuseTap:
         return FuseTap(
@@ -228,46 +192,14 @@ class AttentionDistiller:
             head_reduction=self._head_reduction,
         )
 
-
-def _switch(model: nn.Module, modules: list[nn.Module], changes: ExitStack) -> str:
-    """Make `modules` call attn_kd until `changes` closes; return what the others use meanwhile."""
-    originals = []
-    for module in modules:
-        config = configuration(module)
-        switched = _switched_configs.take(config, partial(SwitchedImplementation, model, module))
-        changes.callback(_switched_configs.give_back, config)
-        originals.append(switched.original)
-    return untapped_implementation(originals)
-
-
-def _taps_argument(entries: list[tuple[nn.Module, Any]], untapped: str) -> dict[str, AttentionTaps]:
-    return {TAPS_ARGUMENT: AttentionTaps(entries, untapped)}
-
-
-def _collect(tap: FuseTap) -> Tensor:
-    """Return the mean divergence that the student's layer left in its tap."""
-    tap.close()
-    if tap.kl is None:
-        raise _did_not_run("student", tap.layer)
-    if torch.is_grad_enabled() and not tap.grad_enabled:
-        raise InputError(
-            f"student layer {tap.layer!r} ran without gradient, so its divergence has none; "
-            "reentrant activation checkpointing does that; expected use_reentrant=False"
-        )
-    return mean_divergence(tap.kl, tap.rows)
-
-
-def _did_not_run(role: str, path: str) -> InputError:
-    return InputError(
-        f"{role} layer {path!r} did not run, or its model does not pass keyword arguments on to "
-        "its attention layers"
-    )
-
-
-def _check_passes_keywords(role: str, model: nn.Module) -> None:
-    parameters = inspect.signature(model.forward).parameters.values()
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        raise InputError(
-            f"{role} {type(model).__name__} takes no further keyword arguments in forward; "
-            "expected a model that passes **kwargs on to its attention layers"
-        )
+    def _collect(self, tap: FuseTap) -> Tensor:
+        """Return the mean divergence that the student's layer left in its tap."""
+        tap.close()
+        if tap.kl is None:
+            raise self._tapped.did_not_run(tap.layer)
+        if torch.is_grad_enabled() and not tap.grad_enabled:
+            raise InputError(
+                f"student layer {tap.layer!r} ran without gradient, so its divergence has none; "
+                "reentrant activation checkpointing does that; expected use_reentrant=False"
+            )
+        return mean_divergence(tap.kl, tap.rows)

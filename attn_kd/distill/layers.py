@@ -50,8 +50,8 @@ def pair_layers(
 def _pair(
     student: nn.Module, teacher: nn.Module, student_path: str, teacher_path: str
 ) -> LayerPair:
-    student_module = _attention_at(student, student_path, "student")
-    teacher_module = _attention_at(teacher, teacher_path, "teacher")
+    student_module = attention_at(student, student_path, "student")
+    teacher_module = attention_at(teacher, teacher_path, "teacher")
     kinds = [
         "self-attention" if is_self_attention(module) else "cross-attention"
         for module in (student_module, teacher_module)
@@ -66,7 +66,12 @@ def _pair(
     )
 
 
-def _attention_at(model: nn.Module, path: str, role: str) -> nn.Module:
+def attention_at(model: nn.Module, path: str, role: str) -> nn.Module:
+    """Return the attention module at `path`; `role` names the model in messages.
+
+    Raises:
+        InputError: there is none; near paths are suggested.
+    """
     candidates = attention_modules(model)
     if path in candidates:
         return candidates[path]
