@@ -1,9 +1,11 @@
 """Taps: how one forward pass listens to, or distils, single attention layers of a model.
 
-A tap takes the place of the attention operator in one layer. Taps reach the layers as a keyword
-argument of the forward pass, `TAPS_ARGUMENT`, and live as long as that pass: no hook, no attribute
-on a module, no global. Activation checkpointing keeps a layer's keyword arguments, so a layer that
-is recomputed during the backward pass meets the tap, and the teacher's record, of its own pass.
+A tap takes the place of the attention operator in one layer and lives as long as one pass. There
+are two ways to a layer. Models that hand keyword arguments down to their attention layers (those
+of transformers) are given the taps as the argument `TAPS_ARGUMENT`: no hook, no attribute on a
+module, no global. Activation checkpointing keeps a layer's keyword arguments, so a layer that is
+recomputed during the backward pass meets the tap, and the teacher's record, of its own pass. For
+other models, the attention module carries its tap itself: see `attn_kd.nn.carriers`.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ class Tap(Protocol):
         *,
         attn_mask: Tensor | None,
         scale: float | None,
+        dropout_p: float = 0.0,
     ) -> Tensor:
         """Return the attention output [B, H, Lq, Dv]."""
         ...
@@ -90,11 +93,14 @@ class RecordTap:
         *,
         attn_mask: Tensor | None,
         scale: float | None,
+        dropout_p: float = 0.0,
     ) -> Tensor:
         """Return the attention output and keep the record."""
         if self.record is not None:
             raise _ran_twice("teacher", self.layer)
-        output, lse = attention(query, key, value, attn_mask=attn_mask, scale=scale)
+        output, lse = attention(
+            query, key, value, attn_mask=attn_mask, scale=scale, dropout_p=dropout_p
+        )
         # Autocast may have made the operator compute in another dtype than it was handed; the
         # LSE belongs to the rounded logits, so the rounded factors must be kept with it.
         self.record = AttentionRecord(
@@ -153,6 +159,7 @@ class FuseTap:
         *,
         attn_mask: Tensor | None,
         scale: float | None,
+        dropout_p: float = 0.0,
     ) -> Tensor:
         """Return the attention output and keep the divergence of every row."""
         if self.kl is not None and not self._closed:
@@ -171,6 +178,7 @@ class FuseTap:
             teacher_scale=record.scale,
             divergence=self._divergence,
             head_reduction=self._head_reduction,
+            dropout_p=dropout_p,
         )
         if not self._closed:
             self.kl = kl
