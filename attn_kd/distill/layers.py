@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from torch import nn
@@ -12,9 +12,14 @@ from attn_kd.errors import InputError
 from attn_kd.integrations.attention_modules import (
     attention_modules,
     is_self_attention,
-    last_encoder_self_attention,
     listing,
 )
+
+#: What `layers` may be besides a mapping of paths.
+SELECTIONS = ("last", "all")
+
+#: The kinds of attention layers that a detection transformer has.
+KINDS = ("encoder_self", "decoder_self", "decoder_cross")
 
 _MOST_SUGGESTIONS = 4
 
@@ -30,21 +35,128 @@ class LayerPair(NamedTuple):
 
 
 def pair_layers(
-    student: nn.Module, teacher: nn.Module, layers: Mapping[str, str] | None
+    student: nn.Module,
+    teacher: nn.Module,
+    layers: Mapping[str, str] | str | None = None,
+    kinds: Sequence[str] = ("encoder_self",),
 ) -> list[LayerPair]:
-    """Return the pairs that `layers` (student path → teacher path) names.
+    """Return the pairs of student and teacher layers that a selection stands for.
 
-    None pairs the final encoder self-attention of both, the map of Rubin et al. 2021.
+    Args:
+        layers: "last" (or None) pairs the final layers of a kind, for encoder self-attention the
+            map of Rubin et al. 2021; "all" pairs every layer of the student, by `depth_map`;
+            a mapping {student path: teacher path} names the pairs and needs no `kinds`.
+        kinds: of `KINDS`, in the order of the pairs.
 
     Raises:
-        InputError: a path leads nowhere (near ones are suggested) or not to an attention module,
-            one is cross-attention and the other is not, or there is no pair.
+        InputError: a selection or kind is unknown, a model has no layer of a kind, a path leads
+            nowhere (near ones are suggested) or not to an attention module, one is cross-attention
+            and the other is not, or there is no pair.
     """
-    if layers is None:
-        layers = {last_encoder_self_attention(student): last_encoder_self_attention(teacher)}
+    if layers is None or isinstance(layers, str):
+        layers = _selected(student, teacher, layers or "last", kinds)
     if not layers:
         raise InputError("layers={} pairs no layers; expected {student path: teacher path, ...}")
     return [_pair(student, teacher, *paths) for paths in layers.items()]
+
+
+def check_selection(layers: str, kinds: Sequence[str]) -> None:
+    """Check a selection by name and its kinds.
+
+    Raises:
+        InputError: one is unknown, or no kind is given.
+    """
+    if layers not in SELECTIONS:
+        raise InputError(
+            f"layers={layers!r} is no selection; expected one of {', '.join(SELECTIONS)}, "
+            "or {student path: teacher path}"
+        )
+    if isinstance(kinds, str) or not kinds:
+        raise InputError(f"kinds={kinds!r}; expected a sequence of {', '.join(KINDS)}")
+    for kind in kinds:
+        if kind not in KINDS:
+            raise InputError(f"{kind!r} is no kind of layer; expected one of {', '.join(KINDS)}")
+
+
+def depth_map(student_layers: int, teacher_layers: int) -> list[int]:
+    """Return, for student layers 0 … n-1, the teacher layers they learn from.
+
+    Layer i of n learns from layer max(0, ⌊(i + 1) · N / n⌋ - 1) of N: the student's layers divide
+    the teacher's into n stretches, and each learns from the end of its own. Last learns from last;
+    equal depths are paired one to one; a student deeper than its teacher shares teacher layers.
+    """
+    n, total = student_layers, teacher_layers
+    return [max(0, (i + 1) * total // n - 1) for i in range(n)]
+
+
+def layers_of_kind(model: nn.Module, kind: str) -> list[str]:
+    """Return the paths of a model's attention modules of one of `KINDS`, first layer first."""
+    return [path for path, found in layer_kinds(model).items() if found == kind]
+
+
+def layer_kinds(model: nn.Module) -> dict[str, str | None]:
+    """Return which of `KINDS` every attention module of a model is, by path.
+
+    The path tells: self-attention belongs to an encoder below a module named "encoder", or
+    anywhere in a model without cross-attention (a ViT). None: it is part of a backbone, or neither
+    in an encoder nor in a decoder.
+    """
+    modules = attention_modules(model)
+    is_plain = all(is_self_attention(module) for module in modules.values())
+    kinds: dict[str, str | None] = {}
+    for path, module in modules.items():
+        components = path.split(".")
+        kinds[path] = None
+        if "backbone" in components:
+            continue
+        if "decoder" in components:
+            kinds[path] = "decoder_self" if is_self_attention(module) else "decoder_cross"
+        elif is_plain or ("encoder" in components and is_self_attention(module)):
+            kinds[path] = "encoder_self"
+    return kinds
+
+
+def attention_at(model: nn.Module, path: str, role: str) -> nn.Module:
+    """Return the attention module at `path`; `role` names the model in messages.
+
+    Raises:
+        InputError: there is none; near paths are suggested.
+    """
+    candidates = attention_modules(model)
+    if path in candidates:
+        return candidates[path]
+    try:
+        found = type(model.get_submodule(path)).__name__
+    except AttributeError:
+        problem = f"{role} has no layer {path!r}"
+    else:
+        problem = f"{role} layer {path!r} is a {found}, not an attention module"
+    raise InputError(f"{problem}; {_suggestion(path, list(candidates))}")
+
+
+def _selected(
+    student: nn.Module, teacher: nn.Module, layers: str, kinds: Sequence[str]
+) -> dict[str, str]:
+    """Return {student path: teacher path} for a selection by name."""
+    check_selection(layers, kinds)
+    pairs: dict[str, str] = {}
+    for kind in kinds:
+        mine = _required_layers(student, kind, "student")
+        theirs = _required_layers(teacher, kind, "teacher")
+        chosen = [theirs[index] for index in depth_map(len(mine), len(theirs))]
+        start = len(mine) - 1 if layers == "last" else 0
+        pairs |= zip(mine[start:], chosen[start:], strict=True)
+    return pairs
+
+
+def _required_layers(model: nn.Module, kind: str, role: str) -> list[str]:
+    paths = layers_of_kind(model, kind)
+    if not paths:
+        raise InputError(
+            f"{role} {type(model).__name__} has no {kind.replace('_', ' ')}-attention to choose; "
+            f"name the layers ({listing(attention_modules(model))})"
+        )
+    return paths
 
 
 def _pair(
@@ -64,24 +176,6 @@ def _pair(
     return LayerPair(
         student_path, student_module, teacher_path, teacher_module, kinds[0] == "self-attention"
     )
-
-
-def attention_at(model: nn.Module, path: str, role: str) -> nn.Module:
-    """Return the attention module at `path`; `role` names the model in messages.
-
-    Raises:
-        InputError: there is none; near paths are suggested.
-    """
-    candidates = attention_modules(model)
-    if path in candidates:
-        return candidates[path]
-    try:
-        found = type(model.get_submodule(path)).__name__
-    except AttributeError:
-        problem = f"{role} has no layer {path!r}"
-    else:
-        problem = f"{role} layer {path!r} is a {found}, not an attention module"
-    raise InputError(f"{problem}; {_suggestion(path, list(candidates))}")
 
 
 def _suggestion(path: str, candidates: list[str]) -> str:

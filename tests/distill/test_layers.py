@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from attn_kd.distill.layers import pair_layers
+from attn_kd.distill.layers import depth_map, layers_of_kind, pair_layers
 from attn_kd.errors import InputError
 from tests.tiny_detr import tiny_detr
 
@@ -61,3 +61,84 @@ def test_default_pairs_the_final_encoder_layers(models):
 def test_wrong_layers_are_explained(models, layers, message):
     with pytest.raises(InputError, match=message):
         pair_layers(*models, layers)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "expected"),
+    [
+        (1, 6, [5]),
+        (2, 6, [2, 5]),
+        (3, 6, [1, 3, 5]),
+        (4, 6, [0, 2, 3, 5]),
+        (3, 3, [0, 1, 2]),
+        (3, 2, [0, 0, 1]),
+        (6, 1, [0, 0, 0, 0, 0, 0]),
+    ],
+)
+def test_depth_map(student, teacher, expected):
+    assert depth_map(student, teacher) == expected
+
+
+@pytest.mark.parametrize("student", range(1, 8))
+@pytest.mark.parametrize("teacher", range(1, 8))
+def test_depth_map_is_monotonic_and_ends_at_the_last_layer(student, teacher):
+    mapped = depth_map(student, teacher)
+    assert mapped == sorted(mapped)
+    assert (len(mapped), mapped[-1]) == (student, teacher - 1)
+    assert len(set(mapped)) == min(student, teacher)
+
+
+ENCODER = "model.encoder.layers.{}.self_attn"
+DECODER = "model.decoder.layers.{}.self_attn"
+CROSS = "model.decoder.layers.{}.encoder_attn"
+
+
+@pytest.mark.parametrize(
+    ("layers", "kinds", "expected"),
+    [
+        pytest.param("last", ["encoder_self"], {ENCODER.format(1): ENCODER.format(3)}, id="last"),
+        pytest.param(
+            "all",
+            ["encoder_self"],
+            {ENCODER.format(0): ENCODER.format(1), ENCODER.format(1): ENCODER.format(3)},
+            id="all",
+        ),
+        pytest.param(
+            "last",
+            ["decoder_cross", "decoder_self"],
+            {CROSS.format(0): CROSS.format(2), DECODER.format(0): DECODER.format(2)},
+            id="last-of-two-kinds",
+        ),
+    ],
+)
+def test_layers_selected_by_name(layers, kinds, expected):
+    student = tiny_detr(encoder_layers=2, decoder_layers=1)
+    teacher = tiny_detr(encoder_layers=4, decoder_layers=3)
+    pairs = pair_layers(student, teacher, layers, kinds)
+    assert {pair.student_path: pair.teacher_path for pair in pairs} == expected
+
+
+def test_layers_of_kind_come_in_the_order_of_depth():
+    model = tiny_detr(encoder_layers=11)
+    assert layers_of_kind(model, "encoder_self") == [ENCODER.format(n) for n in range(11)]
+
+
+@pytest.mark.parametrize(
+    ("layers", "kinds", "message"),
+    [
+        pytest.param("first", ["encoder_self"], "'first' is no selection.*last, all", id="layers"),
+        pytest.param("all", ["encoder"], "'encoder' is no kind.*encoder_self", id="kind"),
+        pytest.param("all", [], "expected a sequence", id="no-kind"),
+        pytest.param("all", "encoder_self", "expected a sequence", id="kind-not-in-a-sequence"),
+    ],
+)
+def test_wrong_selection_is_explained(models, layers, kinds, message):
+    with pytest.raises(InputError, match=message):
+        pair_layers(*models, layers, kinds)
+
+
+def test_model_without_a_layer_of_the_kind_lists_what_it_has(models):
+    encoder = models[0].model.encoder  # its layers are no longer below an "encoder"
+    decoder = models[0].model.decoder
+    with pytest.raises(InputError, match=r"DetrDecoder has no encoder self.*'layers\.0\.self_"):
+        pair_layers(decoder, encoder, "last")
