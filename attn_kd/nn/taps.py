@@ -10,7 +10,7 @@ other models, the attention module carries its tap itself: see `attn_kd.nn.carri
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -26,14 +26,19 @@ class AttentionRecord(NamedTuple):
     """What distillation needs of a teacher's layer: its logits' factors, never its map."""
 
     query: Tensor  # [B, Ht, Lq, Dt]
-    key: Tensor  # [B, Ht, Lk, Dt]
+    key: Tensor  # [B, Ht, group * Lk, Dt]
     lse: Tensor | None  # [B, Ht, Lq], float32 or float64, under the teacher's mask; None: unknown
     scale: float | None  # None: Dt ** -0.5
+    group: int = 1  # consecutive teacher keys that are compared with one key of the student
 
     def to(self, device: torch.device) -> AttentionRecord:
         """Return the record on `device`."""
         lse = None if self.lse is None else self.lse.to(device)
-        return AttentionRecord(self.query.to(device), self.key.to(device), lse, self.scale)
+        return self._replace(query=self.query.to(device), key=self.key.to(device), lse=lse)
+
+
+#: Makes a teacher's record comparable with a student's query [B, H, Lq, D] and key [B, H, Lk, D].
+RecordFit = Callable[[AttentionRecord, Tensor, Tensor], AttentionRecord]
 
 
 class Tap(Protocol):
@@ -112,6 +117,7 @@ class RecordTap:
 class FuseTap:
     """Attention fused with its divergence from a teacher's record: the student's side.
 
+    The record may be of other heads or tokens than the student's layer if `fit` mends that.
     `kl` [B, H, Lq] and `rows` (bool, broadcastable to kl: the rows that count; None for all) are
     None until the layer has run. Runs after `close` are recomputations by activation
     checkpointing; they compute the same and store nothing.
@@ -120,6 +126,7 @@ class FuseTap:
     __slots__ = (
         "_closed",
         "_divergence",
+        "_fit",
         "_head_reduction",
         "_record",
         "_self_attention",
@@ -139,6 +146,7 @@ class FuseTap:
         self_attention: bool,
         divergence: str,
         head_reduction: str,
+        fit: RecordFit | None = None,
     ) -> None:
         self.layer = layer
         self.teacher_layer = teacher_layer
@@ -149,6 +157,7 @@ class FuseTap:
         self._self_attention = self_attention
         self._divergence = divergence
         self._head_reduction = head_reduction
+        self._fit = fit
         self._closed = False
 
     def attend(
@@ -164,8 +173,7 @@ class FuseTap:
         """Return the attention output and keep the divergence of every row."""
         if self.kl is not None and not self._closed:
             raise _ran_twice("student", self.layer)
-        self._check_record(query, key)
-        record = self._record.to(query.device)
+        record = self._comparable_record(query, key)
         output, kl, _ = attention_kl(
             query,
             key,
@@ -190,29 +198,34 @@ class FuseTap:
         """Take no further result: the forward pass is over."""
         self._closed = True
 
-    def _check_record(self, query: Tensor, key: Tensor) -> None:
-        teacher, layer = self._record, self.layer
-        batch, teacher_batch = query.shape[0], teacher.query.shape[0]
+    def _comparable_record(self, query: Tensor, key: Tensor) -> AttentionRecord:
+        """Return the teacher's record, fitted, on the student's device, after all checks."""
+        batch, teacher_batch = query.shape[0], self._record.query.shape[0]
         if batch != teacher_batch:
             raise InputError(
                 f"the teacher ran on {teacher_batch} images, the student on {batch}; "
                 "expected the same batch"
             )
-        grid = (query.shape[2], key.shape[2])
-        teacher_grid = (teacher.query.shape[2], teacher.key.shape[2])
-        if grid != teacher_grid:
+        record = self._record.to(query.device)
+        if self._fit is not None:
+            record = self._fit(record, query, key)
+        tokens = (query.shape[2], record.group * key.shape[2])
+        teacher_tokens = (record.query.shape[2], record.key.shape[2])
+        if tokens != teacher_tokens:
             raise InputError(
-                f"student layer {layer!r} attends from {grid[0]} to {grid[1]} tokens, teacher "
-                f"layer {self.teacher_layer!r} from {teacher_grid[0]} to {teacher_grid[1]}; "
-                "expected maps of one size (same image size and stride)"
+                f"student layer {self.layer!r} attends from {query.shape[2]} to {key.shape[2]} "
+                f"tokens, teacher layer {self.teacher_layer!r} from {self._record.query.shape[2]} "
+                f"to {self._record.key.shape[2]}; expected maps of one size (same image size and "
+                'stride), or alignment="resample" or "group"'
             )
-        heads, teacher_heads = query.shape[1], teacher.query.shape[1]
+        heads, teacher_heads = query.shape[1], record.query.shape[1]
         if heads != teacher_heads and self._head_reduction == "none":
             raise InputError(
-                f"student layer {layer!r} has {heads} heads, teacher layer {self.teacher_layer!r} "
-                f'has {teacher_heads}; expected as many, for head_reduction="none" pairs them one '
-                "to one"
+                f"student layer {self.layer!r} has {heads} heads, teacher layer "
+                f"{self.teacher_layer!r} has {teacher_heads}; expected as many, for head_reduction="
+                '"none" pairs them one to one; a head_map pairs others, "mean" compares averages'
             )
+        return record
 
 
 def distilled_rows(attn_mask: Tensor | None, *, self_attention: bool) -> Tensor | None:

@@ -1,0 +1,129 @@
+"""Attention modules that carry their tap themselves, in models that hand no arguments down.
+
+The tap is an attribute of the module during one forward pass, and of no module before or after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from attn_kd.nn.taps import Tap
+from attn_kd.ops import attention
+
+_TAP = "_attn_kd_tap"
+_RESERVATIONS = "_attn_kd_reservations"
+_NAMES_OF_CROSS_ATTENTION = ("cross", "encoder", "memory", "multihead_attn")
+
+
+class TapCarrier(nn.Module):
+    """Base of attention modules that always compute their attention by `carried_attention`.
+
+    `self_attention` says whether its queries come from the same tokens as its keys, which decides
+    which rows a distillation averages over; None, the default, goes by the module's name
+    (`is_self_attention_name`), and may be overruled on an instance.
+    """
+
+    self_attention: bool | None = None
+
+
+def carried_attention(
+    module: nn.Module,
+    query: Tensor,  # [B, H, Lq, D]
+    key: Tensor,  # [B, H, Lk, D]
+    value: Tensor,  # [B, H, Lk, Dv]
+    *,
+    attn_mask: Tensor | None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Return the attention output [B, H, Lq, Dv] of `module`, by the tap that it carries, if any.
+
+    Arguments and errors are those of `attn_kd.attention`.
+    """
+    reserved = hasattr(module, _RESERVATIONS) and not torch.compiler.is_compiling()
+    with saved_tensors_hooks(_keep, _keep) if reserved else nullcontext():  # see TapReservation
+        tap = carried_tap(module)
+        if tap is not None:
+            return tap.attend(
+                query, key, value, attn_mask=attn_mask, scale=scale, dropout_p=dropout_p
+            )
+        return attention(
+            query, key, value, attn_mask=attn_mask, scale=scale, dropout_p=dropout_p
+        ).output
+
+
+def carried_tap(module: nn.Module) -> Tap | None:
+    """Return the tap that `module` carries now, if any."""
+    return getattr(module, _TAP, None)
+
+
+def carries_tap(module: nn.Module) -> bool:
+    """Whether `module` must compute by `carried_attention` now: it has a tap or a reservation."""
+    return hasattr(module, _TAP) or hasattr(module, _RESERVATIONS)
+
+
+@contextmanager
+def carried_taps(entries: Iterable[tuple[nn.Module, Tap]]) -> Iterator[None]:
+    """Give every module its tap for the forward pass inside; the previous ones come back after.
+
+    The modules must compute by `carried_attention` while they carry a tap.
+    """
+    pairs = list(entries)
+    previous = [carried_tap(module) for module, _ in pairs]
+    try:
+        for module, tap in pairs:
+            setattr(module, _TAP, tap)
+        yield
+    finally:
+        for (module, _), before in zip(reversed(pairs), reversed(previous), strict=True):
+            if before is not None:
+                setattr(module, _TAP, before)
+            elif hasattr(module, _TAP):
+                delattr(module, _TAP)
+
+
+class TapReservation:
+    """Keeps a distilled layer right under activation checkpointing, until `undo`.
+
+    Checkpointing runs a layer again during the backward pass, when the tap of its pass is gone, and
+    expects it to save the same tensors for backward in the same order. The operator of a reserved
+    layer therefore saves its tensors (query, key, value, output and O(Lq) statistics) out of
+    checkpointing's reach: they stay in memory, the rest of the layer is recomputed as usual, and
+    the second run needs neither tap nor teacher. Any number of passes may wait for their backward
+    passes, in any order.
+
+    A reservation must last from before the forward pass until after the last backward pass.
+    Without the compiled kernels, what stays in memory is all that the reference backend saves,
+    attention maps included. Under `torch.compile`, which recomputes by itself, nothing changes.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        setattr(module, _RESERVATIONS, getattr(module, _RESERVATIONS, 0) + 1)
+
+    def undo(self) -> None:
+        """Let the layer go."""
+        others = getattr(self._module, _RESERVATIONS) - 1
+        if others:
+            setattr(self._module, _RESERVATIONS, others)
+        else:
+            delattr(self._module, _RESERVATIONS)
+
+
+def is_self_attention_name(path: str) -> bool:
+    """Whether a module of that path attends among its own tokens, judging by its name alone.
+
+    Cross-attention has "cross", "encoder" or "memory" in its own name (not its parents') or is
+    called "multihead_attn", as in `torch.nn.TransformerDecoderLayer`.
+    """
+    name = path.rpartition(".")[2]
+    return not any(part in name for part in _NAMES_OF_CROSS_ATTENTION)
+
+
+def _keep(tensor: Tensor) -> Tensor:
+    return tensor

@@ -1,0 +1,48 @@
+"""The masks of torch.nn.MultiheadAttention as one mask of the operator."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def merge_masks(
+    key_padding_mask: Tensor | None,  # [B, Lk], bool (True = ignore) or additive
+    attn_mask: Tensor | None,  # [Lq, Lk] or [B * H, Lq, Lk], bool (True = ignore) or additive
+    batch: int,
+) -> Tensor | None:
+    """Return one mask, bool (True = may attend) or additive, that broadcasts to [B, H, Lq, Lk].
+
+    No larger than it must be: [B, 1, 1, Lk] for mere padding, [1, 1, Lq, Lk] for a mask that all
+    images share, and [B, 1, Lq, Lk] for both.
+    """
+    masks = []
+    if key_padding_mask is not None:
+        masks.append(key_padding_mask[:, None, None, :])
+    if attn_mask is not None:
+        shared = attn_mask.dim() == 2
+        masks.append(attn_mask[None, None] if shared else attn_mask.unflatten(0, (batch, -1)))
+    if not masks:
+        return None
+    if all(mask.dtype == torch.bool for mask in masks):
+        visible = [~mask for mask in masks]
+        return visible[0] if len(visible) == 1 else visible[0] & visible[1]
+    if len(masks) == 1:
+        return masks[0]
+    dtype = next(mask.dtype for mask in masks if mask.dtype != torch.bool)
+    padding, mask = (_additive(mask, dtype) for mask in masks)
+    return padding + mask
+
+
+def with_visible_keys(mask: Tensor | None, number: int) -> Tensor | None:
+    """Return `mask` [..., Lk] with `number` more keys at the end that every query may see."""
+    if mask is None or number == 0:
+        return mask
+    return F.pad(mask, (0, number), value=True if mask.dtype == torch.bool else 0.0)
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, float("-inf"))

@@ -1,0 +1,62 @@
+"""Making torch.nn.MultiheadAttention of an existing model compute by attn_kd, and undoing it."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from attn_kd.nn.multihead_attention import MultiheadAttention, keep_from_fast_path
+
+_NESTED_BEFORE = "_attn_kd_use_nested_tensor"
+
+
+def replace_multihead_attention(model: nn.Module, *, returns_weights: bool = True) -> list[str]:
+    """Make every torch.nn.MultiheadAttention in `model` an `attn_kd.nn.MultiheadAttention`.
+
+    In place, and nothing is copied: the modules stay the same objects at the same paths and change
+    their class, so their parameters, hooks, mode, and whoever refers to them (an optimizer, another
+    module) stay what they are. `restore_multihead_attention` undoes it. Subclasses of torch's
+    module are left alone: what they compute is their own.
+
+    Args:
+        model: any model; it may itself be a torch.nn.MultiheadAttention.
+        returns_weights: False for models that drop the maps they get, such as
+            facebookresearch's DETR: see `MultiheadAttention`.
+
+    Returns:
+        The paths of the replaced modules, as in `named_modules`; a module that occurs several times
+        has one path. Empty if there was none.
+    """
+    replaced = []
+    for path, module in model.named_modules():
+        if isinstance(module, nn.TransformerEncoder) and _NESTED_BEFORE not in vars(module):
+            # It would hand its layers nested tensors in evaluation mode.
+            setattr(module, _NESTED_BEFORE, module.use_nested_tensor)
+            module.use_nested_tensor = False
+        if type(module) is nn.MultiheadAttention:
+            module.__class__ = MultiheadAttention
+            keep_from_fast_path(module)
+            if not returns_weights:
+                vars(module)["returns_weights"] = False
+            replaced.append(path)
+    return replaced
+
+
+def restore_multihead_attention(model: nn.Module) -> list[str]:
+    """Make every `attn_kd.nn.MultiheadAttention` in `model` a torch.nn.MultiheadAttention again.
+
+    In place, likewise; it works on modules that were built as attn_kd's too.
+
+    Returns:
+        The paths of the restored modules.
+    """
+    restored = []
+    for path, module in model.named_modules():
+        if _NESTED_BEFORE in vars(module):
+            module.use_nested_tensor = vars(module).pop(_NESTED_BEFORE)
+        if type(module) is MultiheadAttention:
+            for name in ("returns_weights", "self_attention"):
+                vars(module).pop(name, None)
+            module._qkv_same_embed_dim = module.in_proj_weight is not None
+            module.__class__ = nn.MultiheadAttention  # type: ignore[assignment]
+            restored.append(path)
+    return restored
