@@ -6,7 +6,8 @@ The tap is an attribute of the module during one forward pass, and of no module 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,9 +46,8 @@ def carried_attention(
 
     Arguments and errors are those of `attn_kd.attention`.
     """
-    reserved = hasattr(module, _RESERVATIONS) and not torch.compiler.is_compiling()
-    with saved_tensors_hooks(_keep, _keep) if reserved else nullcontext():  # see TapReservation
-        tap = carried_tap(module)
+    tap = carried_tap(module)
+    with _saved_out_of_reach(module):
         if tap is not None:
             return tap.attend(
                 query, key, value, attn_mask=attn_mask, scale=scale, dropout_p=dropout_p
@@ -125,5 +125,13 @@ def is_self_attention_name(path: str) -> bool:
     return not any(part in name for part in _NAMES_OF_CROSS_ATTENTION)
 
 
-def _keep(tensor: Tensor) -> Tensor:
+def _saved_out_of_reach(module: nn.Module) -> AbstractContextManager[Any]:
+    """Keep what is saved for backward from checkpointing, if `module` is reserved."""
+    if not hasattr(module, _RESERVATIONS) or torch.compiler.is_compiling():
+        return nullcontext()
+    # Detached: a saved output that knew its graph would keep the graph, and so itself, alive.
+    return saved_tensors_hooks(Tensor.detach, _as_it_is)
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
     return tensor
