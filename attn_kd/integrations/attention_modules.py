@@ -1,32 +1,45 @@
-"""Finding the attention layers of a transformers model, and switching their implementation."""
+"""Finding the attention layers of a model that attn_kd can compute, and what kind each is.
+
+Two sorts of modules count: those of transformers that look their attention function up by name, and
+attn_kd's own (`attn_kd.nn.TapCarrier`). Nothing here needs transformers to be installed.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterator
 from itertools import islice
-from typing import cast
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
 
-from attn_kd.errors import InputError
-from attn_kd.integrations.transformers import IMPLEMENTATION, register
+from attn_kd.nn.carriers import TapCarrier, is_self_attention_name
 
 _MOST_NAMED = 4
 _KEY_SOURCES = ("key_value_states", "encoder_hidden_states")
-_TAKES_OUR_MASKS = {"sdpa", IMPLEMENTATION}
 
 
-def is_attention(module: nn.Module) -> bool:
+def is_dispatched(module: nn.Module) -> bool:
     """Whether `module` computes its attention by a function that transformers looks up by name."""
     forward = inspect.unwrap(type(module).forward)
     code = getattr(forward, "__code__", None)
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 
-def is_self_attention(module: nn.Module) -> bool:
-    """Whether the queries of an attention module come from the same tokens as its keys."""
+def is_attention(module: nn.Module) -> bool:
+    """Whether attn_kd can compute the attention of `module`."""
+    return isinstance(module, TapCarrier) or is_dispatched(module)
+
+
+def is_self_attention(module: nn.Module, path: str = "") -> bool:
+    """Whether the queries of an attention module come from the same tokens as its keys.
+
+    Modules of transformers tell by the inputs they take, attn_kd's own by `self_attention` where
+    it is set, else by the name in `path`.
+    """
+    if isinstance(module, TapCarrier):
+        if module.self_attention is not None:
+            return module.self_attention
+        return is_self_attention_name(path)
     parameters = inspect.signature(type(module).forward).parameters
     return not any(name in parameters for name in _KEY_SOURCES)
 
@@ -36,77 +49,126 @@ def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {path: module for path, module in model.named_modules() if is_attention(module)}
 
 
-def last_encoder_self_attention(model: nn.Module) -> str:
-    """Return the path of the final encoder layer's self-attention (backbones do not count).
+def attention_kinds(model: nn.Module) -> dict[str, str]:
+    """Return the kind of every attention module by path, in the order of the model.
 
-    Raises:
-        InputError: the model has none; the message names attention modules that it has.
+    "encoder_self", "decoder_self" or "decoder_cross" (or "encoder_cross", in fusion layers). The
+    nearest ancestor with "encoder" or "decoder" in its name or class decides; causal attention is a
+    decoder's, and a model without either, such as ViT, is an encoder. Layers of a backbone are
+    "backbone_self", except where the model has no other encoder, as in RF-DETR and LW-DETR.
     """
-    modules = attention_modules(model)
-    for path, module in reversed(modules.items()):
-        components = path.split(".")
-        in_encoder = "encoder" in components and "backbone" not in components
-        if in_encoder and is_self_attention(module):
-            return path
-    raise InputError(
-        f"{type(model).__name__} has no encoder self-attention to distil by default; name the "
-        f"layers ({listing(modules)})"
-    )
+    kinds = {}
+    for path, module in attention_modules(model).items():
+        side = _side(model, path)
+        if getattr(module, "is_causal", False):
+            side = "decoder"
+        elif side == "encoder" and _in_backbone(model, path):
+            side = "backbone"
+        kinds[path] = f"{side}_{'self' if is_self_attention(module, path) else 'cross'}"
+    if "encoder_self" not in kinds.values() and not _deformable(model, "encoder"):
+        kinds = {path: kind.replace("backbone", "encoder") for path, kind in kinds.items()}
+    return kinds
 
 
-def configuration(module: nn.Module) -> PreTrainedConfig:
-    """Return the configuration object by which `module`, an attention module, is dispatched."""
-    return cast(PreTrainedConfig, module.config)
+def layers_of_kind(model: nn.Module, kind: str) -> list[str]:
+    """Return the paths of the attention modules of one kind, as in `attention_kinds`."""
+    return [path for path, found in attention_kinds(model).items() if found == kind]
+
+
+def without_kind(model: nn.Module, kind: str) -> str:
+    """Return a sentence that says why `layers_of_kind` is empty and names what the model has."""
+    side, relation = kind.split("_")
+    sentence = f"{type(model).__name__} has no {side} {relation}-attention to distil"
+    # Where there is deformable attention it takes the place of attention over an image's tokens.
+    deformable = _deformable(model, side) if kind in ("encoder_self", "decoder_cross") else None
+    if deformable is not None:
+        sentence += f": {deformable!r} {not_attention(model.get_submodule(deformable))}"
+    return f"{sentence} ({listing(attention_modules(model))})"
+
+
+def not_attention(module: nn.Module) -> str:
+    """Return the rest of a sentence that says why `module` cannot be distilled."""
+    name = type(module).__name__
+    if _is_deformable(module):
+        return (
+            f"is deformable attention ({name}): it weighs a few sampled points per query, so there "
+            "is no map over the keys to distil"
+        )
+    if isinstance(module, nn.MultiheadAttention):
+        return (
+            f"is a {name}, not an attention module of attn_kd; "
+            "attn_kd.nn.replace_multihead_attention(model) makes it one"
+        )
+    return f"is a {name}, not an attention module"
 
 
 def listing(paths: Collection[str]) -> str:
     """Return a phrase that names the first attention modules of a model."""
     if not paths:
-        return "it has no attention module that transformers dispatches"
+        return "it has no attention module that attn_kd can compute"
     named = ", ".join(repr(path) for path in islice(paths, _MOST_NAMED))
     more = f", and {len(paths) - _MOST_NAMED} more" if len(paths) > _MOST_NAMED else ""
     return f"its attention modules are {named}{more}"
 
 
-class SwitchedImplementation:
-    """An attention module of a model made to call attn_kd, until `undo`.
+def carries_own_tap(model: nn.Module, path: str) -> bool:
+    """Whether the attention module at `path` must carry its tap, for no keyword reaches it.
 
-    Layers that share the module's configuration object are switched with it. `original` is the
-    name of the implementation they had.
-
-    Raises:
-        InputError: the model does not let its implementation be set.
+    Taps travel as a keyword argument of the model where every module on the way takes further
+    keywords. attn_kd's own modules take none, and some models of transformers hand none down:
+    YOLOS to its layers, RF-DETR and LW-DETR to their backbone.
     """
-
-    def __init__(self, model: nn.Module, module: nn.Module) -> None:
-        register()
-        config = configuration(module)
-        self._owner = _owner(model, config)
-        self.original: str = config._attn_implementation
-        # The empty key is the owner's own configuration; sub-configurations keep what they have.
-        self._owner.set_attn_implementation({"": IMPLEMENTATION})
-        if config._attn_implementation != IMPLEMENTATION:
-            raise InputError(
-                f"{type(self._owner).__name__} does not let its attention implementation be set; "
-                "attn_kd cannot distil it"
-            )
-
-    def undo(self) -> None:
-        """Give the layers their original implementation back."""
-        self._owner.set_attn_implementation({"": self.original})
+    if isinstance(model.get_submodule(path), TapCarrier):
+        return True
+    return not all(_takes_keywords(module) for _, module in _lineage(model, path))
 
 
-def untapped_implementation(originals: Iterable[str]) -> str:
-    """Return the implementation that the layers beside the tapped ones use meanwhile.
+def _lineage(model: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules from `model` to the one at `path`, each with its name in its parent."""
+    yield "", model
+    for name in path.split(".") if path else ():
+        model = model.get_submodule(name)
+        yield name, model
 
-    It is their original one where that is known to take attn_kd's masks, else "sdpa".
-    """
-    names = set(originals)
-    return names.pop() if len(names) == 1 and names <= _TAKES_OUR_MASKS else "sdpa"
+
+def _takes_keywords(module: nn.Module) -> bool:
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        return True  # never called
+    parameters = inspect.signature(module.forward).parameters.values()
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
 
-def _owner(model: nn.Module, config: PreTrainedConfig) -> PreTrainedModel:
-    for candidate in model.modules():
-        if isinstance(candidate, PreTrainedModel) and candidate.config is config:
-            return candidate
-    raise InputError(f"{type(model).__name__} has no PreTrainedModel that owns the distilled layer")
+def _side(model: nn.Module, path: str) -> str:
+    """Return "encoder" or "decoder", whichever the module at `path` is part of."""
+    # The module's own name says where its keys come from: `encoder_attn` is a decoder's.
+    ancestors = list(_lineage(model, path))[:-1]
+    for name, module in reversed(ancestors):
+        text = f"{name} {type(module).__name__}".lower()
+        sides = [side for side in ("encoder", "decoder") if side in text]
+        if len(sides) == 1:
+            return sides[0]
+    return "encoder"
+
+
+def _in_backbone(model: nn.Module, path: str) -> bool:
+    return any("backbone" in name for name, _ in _lineage(model, path))
+
+
+def _is_deformable(module: nn.Module) -> bool:
+    name = type(module).__name__
+    return "Deformable" in name and name.endswith("Attention")
+
+
+def _deformable(model: nn.Module, side: str) -> str | None:
+    """Return the path of the last deformable attention on one side of a model."""
+    paths = [
+        path
+        for path, module in model.named_modules()
+        # Its inner part, which samples, is deformable by name as well.
+        if _is_deformable(module) and not _is_deformable(_parent(model, path))
+    ]
+    return next((path for path in reversed(paths) if _side(model, path) == side), None)
+
+
+def _parent(model: nn.Module, path: str) -> nn.Module:
+    return model.get_submodule(path.rpartition(".")[0])

@@ -7,24 +7,32 @@ of functions that build masks. A name that is only in the first gets no mask at 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from attn_kd.errors import InputError
+from attn_kd.nn.carriers import carried_attention, carries_tap
 from attn_kd.nn.taps import TAPS_ARGUMENT, AttentionTaps
-from attn_kd.ops import attention
 
 IMPLEMENTATION = "attn_kd"
 
 # What models pass to their attention function that changes its result.
 _UNSUPPORTED_ARGUMENTS = ("position_bias", "softcap", "s_aux", "cache")
+
+_TAKES_OUR_MASKS = {"sdpa", IMPLEMENTATION}
 
 
 def register() -> None:
@@ -50,17 +58,19 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """Return (attention output [B, Lq, H, Dv], None): transformers' attention interface.
 
-    A tap for `module` among the keyword arguments (see `attn_kd.nn.taps`) computes the attention
-    in place of the plain operator. Attention maps are never stored, hence the None.
+    A tap for `module`, among the keyword arguments (`attn_kd.nn.taps`) or carried by the module
+    (`attn_kd.nn.carriers`), computes the attention in place of the plain operator. Attention maps
+    are never stored, hence the None.
 
     Raises:
-        InputError: the model asks for attention dropout or for attention maps.
+        InputError: the model asks for attention maps.
         NotImplementedError: the model asks for causal attention without a mask, or for an
             argument that changes the result and that the operator does not have.
     """
     taps: AttentionTaps | None = kwargs.pop(TAPS_ARGUMENT, None)
     tap = taps.find(module) if taps is not None else None
-    if taps is not None and tap is None and taps.untapped != IMPLEMENTATION:
+    tapped = tap is not None or carries_tap(module)
+    if taps is not None and not tapped and taps.untapped != IMPLEMENTATION:
         return ALL_ATTENTION_FUNCTIONS[taps.untapped](
             module,
             query,
@@ -72,13 +82,11 @@ def attention_forward(
             is_causal=is_causal,
             **kwargs,
         )
-    _check_supported(module, query, attention_mask, dropout, is_causal, kwargs)
+    _check_supported(module, query, attention_mask, is_causal, kwargs)
     groups = getattr(module, "num_key_value_groups", 1)
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    if tap is None:
-        output = attention(query, key, value, attn_mask=attention_mask, scale=scaling).output
-    else:
-        output = tap.attend(query, key, value, attn_mask=attention_mask, scale=scaling)
+    attend = partial(carried_attention, module) if tap is None else tap.attend
+    output = attend(query, key, value, attn_mask=attention_mask, scale=scaling, dropout_p=dropout)
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -129,16 +137,10 @@ def _check_supported(
     module: nn.Module,
     query: Tensor,
     mask: Tensor | None,
-    dropout: float,
     is_causal: bool | None,
     arguments: dict[str, Any],
 ) -> None:
     name = type(module).__name__
-    if dropout > 0.0:
-        raise InputError(
-            f"{name} asks for attention dropout {dropout}, which attn_kd does not have yet; build "
-            "the model with attention_dropout=0.0 in its configuration"
-        )
     if arguments.get("output_attentions"):
         raise InputError(
             "output_attentions=True asks for attention maps, which attn_kd never stores; use "
@@ -154,3 +156,52 @@ def _check_supported(
     for argument in _UNSUPPORTED_ARGUMENTS:
         if arguments.get(argument) is not None:
             raise NotImplementedError(f"{name} passes {argument}, which attn_kd does not have")
+
+
+class SwitchedImplementation:
+    """An attention module of a model made to call attn_kd, until `undo`.
+
+    Layers that share the module's configuration object are switched with it. `original` is the
+    name of the implementation they had.
+
+    Raises:
+        InputError: the model does not let its implementation be set.
+    """
+
+    def __init__(self, model: nn.Module, module: nn.Module) -> None:
+        register()
+        config = configuration(module)
+        self._owner = _owner(model, config)
+        self.original: str = config._attn_implementation
+        # The empty key is the owner's own configuration; sub-configurations keep what they have.
+        self._owner.set_attn_implementation({"": IMPLEMENTATION})
+        if config._attn_implementation != IMPLEMENTATION:
+            raise InputError(
+                f"{type(self._owner).__name__} does not let its attention implementation be set; "
+                "attn_kd cannot distil it"
+            )
+
+    def undo(self) -> None:
+        """Give the layers their original implementation back."""
+        self._owner.set_attn_implementation({"": self.original})
+
+
+def configuration(module: nn.Module) -> PreTrainedConfig:
+    """Return the configuration object by which `module`, an attention module, is dispatched."""
+    return cast(PreTrainedConfig, module.config)
+
+
+def untapped_implementation(originals: Iterable[str]) -> str:
+    """Return the implementation that the layers beside the tapped ones use meanwhile.
+
+    It is their original one where that is known to take attn_kd's masks, else "sdpa".
+    """
+    names = set(originals)
+    return names.pop() if len(names) == 1 and names <= _TAKES_OUR_MASKS else "sdpa"
+
+
+def _owner(model: nn.Module, config: PreTrainedConfig) -> PreTrainedModel:
+    for candidate in model.modules():
+        if isinstance(candidate, PreTrainedModel) and candidate.config is config:
+            return candidate
+    raise InputError(f"{type(model).__name__} has no PreTrainedModel that owns the distilled layer")

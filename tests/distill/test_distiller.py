@@ -193,7 +193,7 @@ def test_unknown_divergence_is_refused(teacher, student):
         AttentionDistiller(teacher, student, divergence="euclid")
 
 
-def test_model_without_further_keywords_is_refused(teacher, student):
+def test_model_without_further_keywords_is_distilled_all_the_same(teacher, student):
     class Narrow(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -202,8 +202,11 @@ def test_model_without_further_keywords_is_refused(teacher, student):
         def forward(self, pixel_values, pixel_mask):
             return self.detector(pixel_values, pixel_mask)
 
-    with pytest.raises(InputError, match=r"student Narrow .*keyword"):
-        AttentionDistiller(teacher, Narrow())
+    batch = tiny_batch(dtype=torch.float64)
+    with AttentionDistiller(teacher, student) as distiller:
+        expected = distiller(**batch).attention_kl
+    with AttentionDistiller(teacher, Narrow()) as distiller:
+        assert distiller(**batch).attention_kl == expected
 
 
 def test_layer_that_does_not_run_is_named(teacher, student):

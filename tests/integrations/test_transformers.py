@@ -10,7 +10,13 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_bidi
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from attn_kd.errors import InputError
-from attn_kd.integrations.transformers import attention_forward, attention_mask, register
+from attn_kd.integrations.transformers import (
+    SwitchedImplementation,
+    attention_forward,
+    attention_mask,
+    register,
+    untapped_implementation,
+)
 from tests.tiny_detr import tiny_batch, tiny_detr
 
 
@@ -142,11 +148,18 @@ def test_gradients_are_those_of_eager_attention():
     torch.testing.assert_close(gradients["attn_kd"], gradients["eager"])
 
 
-def test_attention_dropout_is_refused_in_training_only():
-    model = use(tiny_detr(attention_dropout=0.1), "attn_kd")
-    model.eval()(**tiny_batch())
-    with pytest.raises(InputError, match=r"DetrSelfAttention .*dropout 0\.1.*attention_dropout=0"):
-        model.train()(**tiny_batch())
+def test_attention_dropout_acts_in_training_only_and_follows_the_seed():
+    model, batch = use(tiny_detr(attention_dropout=0.5), "attn_kd"), tiny_batch()
+
+    def logits(training):
+        torch.manual_seed(7)
+        return model.train(training)(**batch).logits
+
+    without = use(tiny_detr(), "attn_kd")(**batch).logits
+    torch.testing.assert_close(logits(training=False), without)
+    dropped = logits(training=True)
+    assert (dropped - without).abs().max() > 1e-2
+    assert torch.equal(logits(training=True), dropped)
 
 
 def test_asking_for_maps_is_refused():
@@ -167,3 +180,29 @@ def test_what_the_operator_lacks_is_refused_by_name(arguments, message):
     arguments = {"is_causal": False, **arguments}
     with pytest.raises(NotImplementedError, match=message):
         attention_forward(nn.Identity(), query, query, query, None, **arguments)
+
+
+def test_switching_and_undoing_leaves_the_backbone_alone():
+    model = tiny_detr()
+    module = model.get_submodule("model.encoder.layers.0.self_attn")
+    backbone = model.config.backbone_config._attn_implementation
+    switched = SwitchedImplementation(model, module)
+    assert (switched.original, model.config._attn_implementation) == ("sdpa", "attn_kd")
+    assert model.config.backbone_config._attn_implementation == backbone
+    switched.undo()
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("originals", "untapped"),
+    [
+        (["sdpa", "sdpa"], "sdpa"),
+        (["attn_kd"], "attn_kd"),
+        (["eager"], "sdpa"),
+        (["attn_kd", "sdpa"], "sdpa"),
+    ],
+)
+def test_layers_beside_tapped_ones_keep_an_implementation_that_takes_bool_masks(
+    originals, untapped
+):
+    assert untapped_implementation(originals) == untapped
