@@ -93,22 +93,21 @@ class MultiheadAttention(TapCarrier, nn.MultiheadAttention):
                 "is_causal=True without attn_mask; expected the causal mask with it, as "
                 "torch.nn.MultiheadAttention does"
             )
-        batched = query.dim() == 3
-        if not batched:
-            query, key, value = (_with_batch(x, self.batch_first) for x in (query, key, value))
-            key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
         self._check_tokens(query, key, value)
+        batched, batch_dim = query.dim() == 3, 0 if self.batch_first else 1
+        if not batched:
+            query, key, value = (x.unsqueeze(batch_dim) for x in (query, key, value))
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
         self._check_masks(query, key, key_padding_mask, attn_mask)
 
-        batch = query.shape[0 if self.batch_first else 1]
-        mask = merge_masks(key_padding_mask, attn_mask, batch)
+        mask = merge_masks(key_padding_mask, attn_mask, query.shape[batch_dim])
         heads, mask = self._with_extra_keys(*self._project(query, key, value), mask)
         output, weights = self._attention(*heads, mask, need_weights and self.returns_weights)
         output = self.out_proj(self._join_heads(output))
         if weights is not None and average_attn_weights:
             weights = weights.mean(dim=1)
         if not batched:
-            output = output.squeeze(0 if self.batch_first else 1)
+            output = output.squeeze(batch_dim)
             weights = None if weights is None else weights.squeeze(0)
         return output, weights
 
@@ -180,20 +179,20 @@ class MultiheadAttention(TapCarrier, nn.MultiheadAttention):
                     f"{name} is a nested tensor, expected a padded one with a key_padding_mask; "
                     "torch.nn.TransformerEncoder(..., enable_nested_tensor=False) passes those on"
                 )
-            if tensor.dim() != 3:
+            if tensor.dim() != query.dim() or tensor.dim() not in (2, 3):
                 raise InputError(
                     f"{name} has shape {tuple(tensor.shape)}, expected 3 dimensions, or 2 for "
                     "each of query, key and value"
                 )
-            if tensor.shape[2] != width:
-                raise InputError(f"{name} has {tensor.shape[2]} features, expected {width}")
-        if key.shape[:2] != value.shape[:2]:
+            if tensor.shape[-1] != width:
+                raise InputError(f"{name} has {tensor.shape[-1]} features, expected {width}")
+        if key.shape[:-1] != value.shape[:-1]:
             raise InputError(
                 f"key has shape {tuple(key.shape)} but value {tuple(value.shape)}; expected as "
                 "many tokens"
             )
         batch_dim = 0 if self.batch_first else 1
-        if key.shape[batch_dim] != query.shape[batch_dim]:
+        if query.dim() == 3 and key.shape[batch_dim] != query.shape[batch_dim]:
             raise InputError(
                 f"key has batch {key.shape[batch_dim]}, expected {query.shape[batch_dim]} as in "
                 f"query (batch_first={self.batch_first})"
@@ -224,10 +223,6 @@ def keep_from_fast_path(module: nn.MultiheadAttention) -> None:
     pass of `MultiheadAttention` looks at the parameters that are there instead.
     """
     module._qkv_same_embed_dim = False
-
-
-def _with_batch(x: Tensor, batch_first: bool) -> Tensor:
-    return x.unsqueeze(0 if batch_first else 1) if x.dim() == 2 else x
 
 
 def _check_mask(name: str, mask: Tensor | None, *shapes: tuple[int, ...]) -> None:

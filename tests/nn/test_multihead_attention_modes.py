@@ -1,0 +1,97 @@
+"""attn_kd.nn.MultiheadAttention under dropout, autocast, torch.compile, copying and pickling."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+
+import attn_kd.nn
+from tests.nn.layers import both, cross_tokens, padding, run, self_tokens
+
+
+def test_dropout_of_an_open_map_is_that_of_torch():
+    theirs, ours = both(dropout=0.4)
+    tokens, results = cross_tokens(), []
+    for layer in (theirs, ours):
+        torch.manual_seed(5)
+        results.append(run(layer, tokens, key_padding_mask=padding()))
+    torch.testing.assert_close(results[1], results[0])
+
+
+def test_dropout_follows_the_generator_and_acts_in_training_alone():
+    _, layer = both(dropout=0.4)
+    tokens, outputs = cross_tokens(), []
+    for seed in (5, 5, 6):
+        torch.manual_seed(seed)
+        outputs.append(run(layer, tokens, need_weights=False))
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=0)
+    assert not torch.equal(outputs[0]["output"], outputs[2]["output"])
+    layer.eval()
+    assert torch.equal(*(layer(*tokens, need_weights=False)[0] for _ in range(2)))
+
+
+def test_mean_over_dropout_is_the_output_without():
+    _, layer = both(dropout=0.3)
+    tokens = cross_tokens()
+    with torch.no_grad():
+        runs = torch.stack([layer(*tokens, need_weights=False)[0] for _ in range(2000)])
+        expected = layer.eval()(*tokens, need_weights=False)[0]
+    # Six standard deviations of the mean, for some 360 numbers.
+    assert ((runs.mean(0) - expected).abs() <= 6 * runs.std(0) / 2000**0.5).all()
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "padded"])
+def test_autocast(masked):
+    exact, _ = both()
+    theirs, ours = (layer.float() for layer in both())
+    for layer in (theirs, ours):
+        layer.load_state_dict(exact.state_dict())
+    x = self_tokens().query
+    mask = padding(x.shape[0]) if masked else None
+    expected = exact(x, x, x, key_padding_mask=mask)[0]
+    x = x.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        peer, _ = theirs(x, x, x, key_padding_mask=mask, need_weights=False)
+        output, _ = ours(x, x, x, key_padding_mask=mask, need_weights=False)
+        assert ours(x, x, x, key_padding_mask=mask)[1].shape == (3, 5, 5)
+    assert output.dtype == torch.bfloat16
+    output.sum().backward()
+    assert all(p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in ours.parameters())
+    assert (output.double() - expected).norm() <= 2 * (peer.double() - expected).norm()
+
+
+@pytest.mark.parametrize("need_weights", [False, True], ids=["output", "output+map"])
+def test_compiled_layer_is_one_graph(need_weights):
+    torch._dynamo.reset()
+    _, layer = both()
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    arguments = {"key_padding_mask": padding(), "need_weights": need_weights}
+    tokens = cross_tokens()
+    torch.testing.assert_close(
+        run(compiled._orig_mod, tokens, **arguments), run(layer, tokens, **arguments)
+    )
+    expected = run(layer, tokens, **arguments)
+    actual = {
+        name.replace("_orig_mod.", ""): x for name, x in run(compiled, tokens, **arguments).items()
+    }
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("copied", ["deepcopy", "pickle"])
+def test_copies_compute_the_same(copied):
+    _, layer = both(batch_first=True)
+    if copied == "deepcopy":
+        copy_ = copy.deepcopy(layer)
+    else:
+        buffer = io.BytesIO()
+        torch.save(layer, buffer)
+        copy_ = torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
+    assert type(copy_) is attn_kd.nn.MultiheadAttention
+    tokens = cross_tokens(batch_first=True)
+    assert torch.equal(copy_(*tokens)[0], layer(*tokens)[0])
+    assert not {p.data_ptr() for p in copy_.parameters()} & {
+        p.data_ptr() for p in layer.parameters()
+    }
