@@ -1,6 +1,7 @@
 """What turns two models into a distillation: distiller, losses, pairs of layers."""
 
 from attn_kd.distill.distiller import AttentionDistiller, DistillationResult
+from attn_kd.distill.layers import depth_map
 from attn_kd.distill.losses import DistillationLoss, distillation_loss
 from attn_kd.distill.recorder import TeacherPass, TeacherRecorder
 
@@ -10,5 +11,6 @@ __all__ = [
     "DistillationResult",
     "TeacherPass",
     "TeacherRecorder",
+    "depth_map",
     "distillation_loss",
 ]

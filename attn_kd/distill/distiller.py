@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
@@ -11,11 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attn_kd.distill.layers import LayerPair, pair_layers
-from attn_kd.distill.recorder import TeacherPass, TeacherRecorder
+from attn_kd.distill.alignment import ALIGNMENTS, check_grid
+from attn_kd.distill.fitting import ModelGrid, PairFit
+from attn_kd.distill.heads import HeadMap, head_map_by_layer
+from attn_kd.distill.layers import pair_layers
+from attn_kd.distill.recorder import TeacherPass, TeacherRecorder, image_size
 from attn_kd.distill.tapped import TappedModel
 from attn_kd.errors import InputError
-from attn_kd.nn.taps import AttentionRecord, FuseTap, mean_divergence
+from attn_kd.nn.taps import FuseTap, mean_divergence
 from attn_kd.ops.checks import check_options
 
 
@@ -57,34 +60,58 @@ class AttentionDistiller:
     Args:
         teacher: a transformers model, or a wrapper that passes keyword arguments on to one.
         student: likewise; another model than the teacher.
-        layers: {student path: teacher path} of attention modules, as in `named_modules`. None
-            pairs the final encoder self-attention of both.
-        divergence: "reverse_kl" (the paper's KL(student ‖ teacher)) or "forward_kl".
-        head_reduction: "none": heads are compared one to one, so both need as many.
+        layers: "last" (or None) pairs the final layers of both, "all" pairs every student layer
+            with a teacher layer of like depth (`attn_kd.distill.depth_map`); or {student path:
+            teacher path} of attention modules, as in `named_modules`.
+        divergence: "reverse_kl" (the paper's KL(student ‖ teacher)), "forward_kl", "js" or "mse".
+        head_reduction: "none" compares heads one by one, "mean" the maps averaged over heads, of
+            which the two models may then have different numbers.
+        kinds: of layers that "last" and "all" choose: "encoder_self" (the paper's),
+            "decoder_self", "decoder_cross".
+        head_map: for "none", the teacher head that each student head learns from, [m0, m1, ...];
+            or {student path: such a list} for some layers. None: head i learns from head i.
+        alignment: for maps over different token grids, "resample" or "group": see
+            `attn_kd.distill.alignment`. Decoder self-attention has no grid and is left alone.
+        teacher_grid, student_grid: (h, w) in tokens, or (T, h, w) of a clip. None: deduced
+            from the size of `pixel_values` and the number of tokens, where that is clear.
 
     Raises:
-        InputError: a path is wrong (near ones are suggested), or the models cannot be paired.
-        NotImplementedError: an option that this release does not have.
+        InputError: a path is wrong (near ones are suggested), the models cannot be paired, or an
+            option is unknown.
     """
 
     def __init__(
         self,
         teacher: nn.Module,
         student: nn.Module,
-        layers: Mapping[str, str] | None = None,
+        layers: Mapping[str, str] | str | None = None,
         divergence: str = "reverse_kl",
         head_reduction: str = "none",
+        *,
+        kinds: Sequence[str] = ("encoder_self",),
+        head_map: HeadMap | None = None,
+        alignment: str = "none",
+        teacher_grid: Sequence[int] | None = None,
+        student_grid: Sequence[int] | None = None,
     ) -> None:
         check_options(divergence, head_reduction, 0.0)
+        if alignment not in ALIGNMENTS:
+            raise InputError(
+                f"alignment={alignment!r} is unknown; expected one of {', '.join(ALIGNMENTS)}"
+            )
         if teacher is student:
             raise InputError(
                 "teacher and student are one model; expected two (copy.deepcopy makes another)"
             )
         self.teacher = teacher
         self.student = student
-        self._pairs = pair_layers(student, teacher, layers)
+        self._pairs = pair_layers(student, teacher, layers, kinds)
         self._divergence = divergence
         self._head_reduction = head_reduction
+        self._head_maps = head_map_by_layer(head_map, self.layers, head_reduction)
+        self._alignment = alignment
+        self._teacher_grid = check_grid("teacher_grid", teacher_grid)
+        self._student_grid = check_grid("student_grid", student_grid)
         with ExitStack() as changes:
             # Two student layers may learn from one teacher layer.
             recorded = dict.fromkeys(pair.teacher_path for pair in self._pairs)
@@ -106,7 +133,7 @@ class AttentionDistiller:
         The teacher is not given the `labels`: its own loss is of no use.
 
         Raises:
-            InputError: the pair's maps differ in size, or in heads; or a layer did not run.
+            InputError: the pair's maps differ in size, grid or heads, or a layer did not run.
         """
         return self.run(batch)
 
@@ -124,9 +151,7 @@ class AttentionDistiller:
             batch: keyword arguments of the student's forward pass.
             teacher_inputs: those of the teacher's, where they differ (a clip instead of a frame,
                 cached features); None: `batch` without `labels`. Both maps are taken under the
-                student's mask, so the teacher's log-sum-exp is then computed anew. Grids are
-                compared by their number of tokens; that 4 x 6 does not meet 6 x 4 is the caller's
-                duty.
+                student's mask, so the teacher's log-sum-exp is then computed anew.
             teacher_pass: what the teacher gave for these images before; it is not run then. A
                 record's log-sum-exp must belong to the mask that the student has, or be None.
             student: the student in a wrapper (DistributedDataParallel, torch.compile), to be called
@@ -138,9 +163,12 @@ class AttentionDistiller:
         if not self._open:
             raise InputError("the distiller is closed; expected an open one")
         given = self._teacher_pass(batch, teacher_inputs, teacher_pass)
-        taps = {pair.student_path: self._fuse_tap(pair, given.records) for pair in self._pairs}
+        fits = self._fits(image_size(batch), given.image_size)
+        taps = {path: self._fuse_tap(fit, given) for path, fit in fits.items()}
         output = self._tapped.run(batch, taps, through=student)
         per_layer = {path: self._collect(tap) for path, tap in taps.items()}
+        for fit in fits.values():
+            fit.check_same_grid(given.records[fit.pair.teacher_path])
         mean = torch.stack(list(per_layer.values())).mean()
         return DistillationResult(mean, per_layer, output, given.output)
 
@@ -182,14 +210,28 @@ class AttentionDistiller:
             return self._recorder(teacher_inputs).without_lse()
         return self._recorder({name: value for name, value in batch.items() if name != "labels"})
 
-    def _fuse_tap(self, pair: LayerPair, records: Mapping[str, AttentionRecord]) -> FuseTap:
+    def _fits(
+        self, student_image: tuple[int, int] | None, teacher_image: tuple[int, int] | None
+    ) -> dict[str, PairFit]:
+        """Return, by student path, what makes the teacher's records comparable in this pass."""
+        student = ModelGrid("student", self._student_grid, student_image)
+        teacher = ModelGrid("teacher", self._teacher_grid, teacher_image)
+        return {
+            pair.student_path: PairFit(
+                pair, self._alignment, self._head_maps.get(pair.student_path), student, teacher
+            )
+            for pair in self._pairs
+        }
+
+    def _fuse_tap(self, fit: PairFit, given: TeacherPass) -> FuseTap:
         return FuseTap(
-            records[pair.teacher_path],
-            layer=pair.student_path,
-            teacher_layer=pair.teacher_path,
-            self_attention=pair.self_attention,
+            given.records[fit.pair.teacher_path],
+            layer=fit.pair.student_path,
+            teacher_layer=fit.pair.teacher_path,
+            self_attention=fit.pair.self_attention,
             divergence=self._divergence,
             head_reduction=self._head_reduction,
+            fit=fit,
         )
 
     def _collect(self, tap: FuseTap) -> Tensor:

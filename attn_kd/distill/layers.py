@@ -10,9 +10,12 @@ from torch import nn
 
 from attn_kd.errors import InputError
 from attn_kd.integrations.attention_modules import (
+    attention_kinds,
     attention_modules,
-    is_self_attention,
+    layers_of_kind,
     listing,
+    not_attention,
+    without_kind,
 )
 
 #: What `layers` may be besides a mapping of paths.
@@ -31,7 +34,17 @@ class LayerPair(NamedTuple):
     student: nn.Module
     teacher_path: str
     teacher: nn.Module
-    self_attention: bool  # of the student's module
+    kind: str  # of the student's module, see `attention_kinds`
+
+    @property
+    def self_attention(self) -> bool:
+        """Whether the queries come from the same tokens as the keys."""
+        return self.kind.endswith("_self")
+
+    @property
+    def over_image(self) -> bool:
+        """Whether the keys are tokens of the image, rather than object queries."""
+        return self.kind != "decoder_self"
 
 
 def pair_layers(
@@ -89,33 +102,6 @@ def depth_map(student_layers: int, teacher_layers: int) -> list[int]:
     return [max(0, (i + 1) * total // n - 1) for i in range(n)]
 
 
-def layers_of_kind(model: nn.Module, kind: str) -> list[str]:
-    """Return the paths of a model's attention modules of one of `KINDS`, first layer first."""
-    return [path for path, found in layer_kinds(model).items() if found == kind]
-
-
-def layer_kinds(model: nn.Module) -> dict[str, str | None]:
-    """Return which of `KINDS` every attention module of a model is, by path.
-
-    The path tells: self-attention belongs to an encoder below a module named "encoder", or
-    anywhere in a model without cross-attention (a ViT). None: it is part of a backbone, or neither
-    in an encoder nor in a decoder.
-    """
-    modules = attention_modules(model)
-    is_plain = all(is_self_attention(module) for module in modules.values())
-    kinds: dict[str, str | None] = {}
-    for path, module in modules.items():
-        components = path.split(".")
-        kinds[path] = None
-        if "backbone" in components:
-            continue
-        if "decoder" in components:
-            kinds[path] = "decoder_self" if is_self_attention(module) else "decoder_cross"
-        elif is_plain or ("encoder" in components and is_self_attention(module)):
-            kinds[path] = "encoder_self"
-    return kinds
-
-
 def attention_at(model: nn.Module, path: str, role: str) -> nn.Module:
     """Return the attention module at `path`; `role` names the model in messages.
 
@@ -126,11 +112,9 @@ def attention_at(model: nn.Module, path: str, role: str) -> nn.Module:
     if path in candidates:
         return candidates[path]
     try:
-        found = type(model.get_submodule(path)).__name__
+        problem = f"{role} layer {path!r} {not_attention(model.get_submodule(path))}"
     except AttributeError:
         problem = f"{role} has no layer {path!r}"
-    else:
-        problem = f"{role} layer {path!r} is a {found}, not an attention module"
     raise InputError(f"{problem}; {_suggestion(path, list(candidates))}")
 
 
@@ -152,30 +136,30 @@ def _selected(
 def _required_layers(model: nn.Module, kind: str, role: str) -> list[str]:
     paths = layers_of_kind(model, kind)
     if not paths:
-        raise InputError(
-            f"{role} {type(model).__name__} has no {kind.replace('_', ' ')}-attention to choose; "
-            f"name the layers ({listing(attention_modules(model))})"
-        )
+        raise InputError(f"{role} {without_kind(model, kind)}")
     return paths
 
 
 def _pair(
     student: nn.Module, teacher: nn.Module, student_path: str, teacher_path: str
 ) -> LayerPair:
-    student_module = attention_at(student, student_path, "student")
-    teacher_module = attention_at(teacher, teacher_path, "teacher")
-    kinds = [
-        "self-attention" if is_self_attention(module) else "cross-attention"
-        for module in (student_module, teacher_module)
-    ]
-    if kinds[0] != kinds[1]:
-        raise InputError(
-            f"student layer {student_path!r} is {kinds[0]}, teacher layer {teacher_path!r} is "
-            f"{kinds[1]}; expected the same kind"
-        )
-    return LayerPair(
-        student_path, student_module, teacher_path, teacher_module, kinds[0] == "self-attention"
+    pair = LayerPair(
+        student_path,
+        attention_at(student, student_path, "student"),
+        teacher_path,
+        attention_at(teacher, teacher_path, "teacher"),
+        attention_kinds(student)[student_path],
     )
+    relations = [
+        kind.replace("_", " ") + "-attention"
+        for kind in (pair.kind, attention_kinds(teacher)[teacher_path])
+    ]
+    if relations[0].split()[1] != relations[1].split()[1]:
+        raise InputError(
+            f"student layer {student_path!r} is {relations[0]}, teacher layer {teacher_path!r} is "
+            f"{relations[1]}; expected the same kind"
+        )
+    return pair
 
 
 def _suggestion(path: str, candidates: list[str]) -> str:

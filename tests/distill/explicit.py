@@ -51,3 +51,12 @@ def explicit_encoder_kl(
     with torch.no_grad():
         teacher_map = attention_map(teacher, batch, "encoder", teacher_layer)
     return explicit_kl(student_map, teacher_map, rows=token_mask(batch), divergence=divergence)
+
+
+def gradients(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:
+    """Return the gradient of every parameter by name, zero where the loss does not depend on it."""
+    parameters = dict(model.named_parameters())
+    found = torch.autograd.grad(
+        loss, list(parameters.values()), allow_unused=True, materialize_grads=True
+    )
+    return dict(zip(parameters, found, strict=True))

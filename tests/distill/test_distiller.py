@@ -9,7 +9,12 @@ import torch
 
 from attn_kd import AttentionDistiller
 from attn_kd.errors import InputError
-from tests.distill.explicit import attention_map, explicit_encoder_kl, explicit_kl
+from tests.distill.explicit import (
+    attention_map,
+    explicit_encoder_kl,
+    explicit_kl,
+    gradients,
+)
 from tests.tiny_detr import tiny_batch, tiny_detr
 
 ENCODER_0 = "model.encoder.layers.0.self_attn"
@@ -26,15 +31,6 @@ def teacher():
 @pytest.fixture
 def student():
     return tiny_detr(seed=2, encoder_layers=1).double()
-
-
-def gradients(loss, model):
-    """Return the gradient of every parameter by name, zero where the loss does not depend on it."""
-    parameters = dict(model.named_parameters())
-    found = torch.autograd.grad(
-        loss, list(parameters.values()), allow_unused=True, materialize_grads=True
-    )
-    return dict(zip(parameters, found, strict=True))
 
 
 @pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl"])
