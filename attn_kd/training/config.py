@@ -7,17 +7,21 @@ import difflib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from attn_kd._atomic import replacing_file
+from attn_kd.distill.alignment import ALIGNMENTS
+from attn_kd.distill.layers import KINDS, SELECTIONS
 from attn_kd.errors import InputError
+from attn_kd.ops.checks import DIVERGENCES
 from attn_kd.training.recipes import RECIPES
 
 SCHEDULES = ("constant", "linear", "cosine")
 MIXED_PRECISIONS = ("none", "bf16", "bf16-backbone")
+HEAD_REDUCTIONS = ("none", "mean")
 
 #: Fields that may differ between an interrupted run and its continuation: they change what is seen
 #: of a run and how fast it goes, never the weights it arrives at.
@@ -65,6 +69,12 @@ class TrainingConfig:
     alpha: float = 0.7
     temperature: float = 1.0
     class_weight: float = 0.0
+    layers: str = "last"  # of each kind; "all" pairs layers by depth
+    layer_kinds: tuple[str, ...] = ("encoder_self",)
+    divergence: str = "reverse_kl"
+    head_reduction: str = "none"
+    head_map: tuple[int, ...] | None = None  # teacher head by student head; None: one to one
+    alignment: str = "none"  # of token grids, see attn_kd.distill.alignment
 
     # The backbone.
     teacher_backbone: bool = True  # a student starts from its teacher's
@@ -84,7 +94,11 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            _check_type(field, getattr(self, field.name))
+            value = getattr(self, field.name)
+            if isinstance(value, list):  # as JSON has it
+                value = tuple(value)
+                object.__setattr__(self, field.name, value)
+            _check_type(field, value)
         for name, (accepts, expected) in _RANGES.items():
             value = getattr(self, name)
             if value is not None and not accepts(value):
@@ -93,6 +107,11 @@ class TrainingConfig:
             raise InputError(
                 "cache_features is True but freeze_backbone is False; "
                 "features can be cached only while the backbone does not learn"
+            )
+        if self.head_map is not None and self.head_reduction != "none":
+            raise InputError(
+                f"head_map is {self.head_map} but head_reduction is {self.head_reduction!r}, which "
+                'averages heads; expected "none"'
             )
 
     @classmethod
@@ -111,6 +130,18 @@ class TrainingConfig:
         if self.backbone_learning_rate is None:
             return self.learning_rate
         return self.backbone_learning_rate
+
+    @property
+    def distiller_options(self) -> dict[str, Any]:
+        """Keyword arguments of :class:`~attn_kd.AttentionDistiller` beside the two models."""
+        return {
+            "layers": self.layers,
+            "kinds": self.layer_kinds,
+            "divergence": self.divergence,
+            "head_reduction": self.head_reduction,
+            "head_map": self.head_map,
+            "alignment": self.alignment,
+        }
 
     def replace(self, **changes: Any) -> TrainingConfig:
         """A copy with some fields changed, checked anew."""
@@ -187,7 +218,19 @@ def _below_one(value: float) -> bool:
     return 0 <= value < 1
 
 
-_RANGES = {
+def _one_of(*choices: str) -> tuple[Callable[[Any], bool], str]:
+    return choices.__contains__, f"one of {', '.join(choices)}"
+
+
+def _some_of_kinds(values: tuple[str, ...]) -> bool:
+    return 0 < len(set(values)) == len(values) and set(values) <= set(KINDS)
+
+
+def _head_numbers(values: tuple[int, ...]) -> bool:
+    return len(values) > 0 and min(values) >= 0
+
+
+_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(
         [
             "encoder_layers",
@@ -217,8 +260,14 @@ _RANGES = {
     "alpha": (_fraction, "a number from 0 to 1"),
     "warmup": (_below_one, "a share of the steps, from 0 to below 1"),
     "dropout": (_below_one, "a probability below 1"),
-    "schedule": (SCHEDULES.__contains__, f"one of {', '.join(SCHEDULES)}"),
-    "amp": (MIXED_PRECISIONS.__contains__, f"one of {', '.join(MIXED_PRECISIONS)}"),
+    "schedule": _one_of(*SCHEDULES),
+    "amp": _one_of(*MIXED_PRECISIONS),
+    "layers": _one_of(*SELECTIONS),
+    "layer_kinds": (_some_of_kinds, f"some of {', '.join(KINDS)}, each once"),
+    "divergence": _one_of(*DIVERGENCES),
+    "head_reduction": _one_of(*HEAD_REDUCTIONS),
+    "head_map": (_head_numbers, "a teacher head, from 0, per student head"),
+    "alignment": _one_of(*ALIGNMENTS),
 }
 
 # Annotations are strings here (postponed evaluation): the types a field of that annotation accepts.
@@ -234,11 +283,19 @@ def _check_type(field: dataclasses.Field, value: Any) -> None:
     expected, _, optional = str(field.type).partition(" | ")
     if value is None and optional == "None":
         return
-    is_bool = isinstance(value, bool)
-    if not isinstance(value, _TYPES[expected]) or (is_bool and expected != "bool"):
+    name, _, item = expected.partition("[")
+    if name == "tuple":
+        is_right = isinstance(value, tuple) and all(_is_a(item.partition(",")[0], v) for v in value)
+    else:
+        is_right = _is_a(name, value)
+    if not is_right:
         raise InputError(f"{field.name} is {value!r}; expected {field.type}")
-    if expected == "float" and not math.isfinite(cast(float, value)):
+    if name == "float" and not math.isfinite(cast(float, value)):
         raise InputError(f"{field.name} is {value!r}; expected a finite number")
+
+
+def _is_a(name: str, value: Any) -> bool:
+    return isinstance(value, _TYPES[name]) and (name == "bool" or not isinstance(value, bool))
 
 
 def _refuse_unknown_fields(values: Mapping[str, Any]) -> None:

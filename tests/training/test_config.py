@@ -1,14 +1,26 @@
 import dataclasses
+import inspect
 import math
+import re
 
 import pytest
 
+from attn_kd.distill import AttentionDistiller
 from attn_kd.errors import InputError
 from attn_kd.training.config import TrainingConfig
 
 
 def test_round_trip_through_json(tmp_path):
-    config = TrainingConfig(preset="detr-r50", alpha=0.5, num_queries=1, amp="bf16")
+    config = TrainingConfig(
+        preset="detr-r50",
+        alpha=0.5,
+        num_queries=1,
+        amp="bf16",
+        layers="all",
+        layer_kinds=("encoder_self", "decoder_cross"),
+        head_map=(0, 2, 4, 6),
+        alignment="group",
+    )
     config.save(tmp_path / "training.json")
     assert TrainingConfig.load(tmp_path / "training.json") == config
 
@@ -41,10 +53,21 @@ def test_is_frozen():
         ("schedule", "step"),
         ("amp", "fp8"),
         ("preset", None),
+        ("layers", "first"),
+        ("layer_kinds", ()),
+        ("layer_kinds", "encoder_self"),
+        ("layer_kinds", ("encoder",)),
+        ("layer_kinds", ("encoder_self", "encoder_self")),
+        ("divergence", "l2"),
+        ("head_reduction", "max"),
+        ("head_map", ()),
+        ("head_map", (0, -1)),
+        ("head_map", (0, True)),
+        ("alignment", "pool"),
     ],
 )
 def test_bad_value_is_refused_by_name(field, value):
-    with pytest.raises(InputError, match=f"^{field} is {value!r}"):
+    with pytest.raises(InputError, match=f"^{field} is {re.escape(repr(value))}; expected"):
         TrainingConfig(**{field: value})
 
 
@@ -60,6 +83,16 @@ def test_backbone_learns_at_the_common_rate_unless_told():
 def test_feature_cache_needs_a_frozen_backbone():
     with pytest.raises(InputError, match="freeze_backbone is False"):
         TrainingConfig(cache_features=True)
+
+
+def test_head_map_contradicts_averaged_heads():
+    with pytest.raises(InputError, match=r"head_map is \(0, 1\) but head_reduction is 'mean'"):
+        TrainingConfig(head_map=(0, 1), head_reduction="mean")
+
+
+def test_distiller_options_are_those_of_the_distiller():
+    options = inspect.signature(AttentionDistiller).parameters
+    assert set(TrainingConfig().distiller_options) <= set(options)
 
 
 def test_unknown_field_suggests_the_nearest():
