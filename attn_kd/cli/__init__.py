@@ -1,11 +1,11 @@
 """The command line ``attn-kd``: one module per command, imported when its command is called.
 
-A command module has a docstring (shown by ``--help``), ``add_arguments(parser) -> None`` and
-``run(args) -> int``. What every command shares is done here once: the options of
-:func:`attn_kd.cli._arguments.add_common_arguments`, and the way failures end. Whatever the user
-can mend (:class:`~attn_kd.errors.InputError`, what the system refuses, an optional package that
-is not installed) is one line on stderr and exit code 2; Ctrl-C is one line and exit code 130; a
-defect of the library keeps its traceback.
+Command ``some-name`` is the module ``attn_kd.cli.some_name``. It has a docstring (shown by
+``--help``), ``add_arguments(parser) -> None`` and ``run(args) -> int``. What every command shares
+is done here once: the options of :func:`attn_kd.cli._arguments.add_common_arguments`, and the way
+failures end. Whatever the user can mend (:class:`~attn_kd.errors.InputError`, what the system
+refuses, an optional package that is not installed) is one line on stderr and exit code 2; Ctrl-C is
+one line and exit code 130; a defect of the library keeps its traceback.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 @dataclass(frozen=True)
 class Command:
-    """A command of ``attn-kd``: the module ``attn_kd.cli.<name>`` and what it does, in one line."""
+    """A command of ``attn-kd``: its name and what it does, in one line."""
 
     name: str
     summary: str
 
     def load(self) -> ModuleType:
-        return importlib.import_module(f"attn_kd.cli.{self.name}")
+        return importlib.import_module(f"attn_kd.cli.{self.name.replace('-', '_')}")
 
 
 COMMANDS = (
@@ -45,6 +45,7 @@ COMMANDS = (
     Command("simulate", "write simulated ultrasound needle clips as a COCO data folder"),
     Command("train", "train a detector: a teacher, or a plain baseline"),
     Command("distill", "train a student with a teacher's attention"),
+    Command("cache-teacher", "keep what a teacher makes of images, to distil without running it"),
     Command("eval", "measure a detector by the COCO metrics"),
     Command("predict", "detect objects in images, folders of images and videos"),
     Command("info", "show versions, backends and why others are refused"),

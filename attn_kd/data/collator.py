@@ -44,7 +44,8 @@ class DetectionCollator:
 
         Args:
             items: dictionaries with `image`, `target`, `image_id`, as from `CocoDetection`. An
-                `augmentation_seed` makes the item's augmentation depend on it alone.
+                `augmentation_seed` makes the item's augmentation depend on it alone; where it is
+                None the item is not augmented.
 
         Returns:
             `pixel_values` float32 [B, 3, H, W]; `pixel_mask` int64 [B, H, W], 1 on the image, 0
@@ -78,7 +79,7 @@ class DetectionCollator:
             image = image[:1]
         boxes, class_labels = item["target"]["boxes"], item["target"]["class_labels"]
         orig_size = torch.tensor(image.shape[1:])
-        if self._augmentation is not None:
+        if self._augmentation is not None and item.get("augmentation_seed", 0) is not None:
             image, boxes, class_labels = self._augmentation(
                 image, boxes, class_labels, _item_generator(item)
             )

@@ -1,4 +1,4 @@
-"""Training: configuration, trainer, feature cache, evaluation, and whole runs.
+"""Training: configuration, trainer, feature and teacher caches, evaluation, and whole runs.
 
 The configuration is imported at once; what needs transformers is imported when it is asked for.
 """
@@ -11,12 +11,15 @@ from typing import Any
 from attn_kd.training.config import TrainingConfig
 
 _HOMES = {
+    "CacheOptions": "teacher_cache_recorder",
     "DistillationTrainer": "trainer",
     "RunOptions": "run",
     "TrainingData": "sources",
     "TrainingInterrupted": "callbacks",
     "TrainingRun": "run",
+    "TeacherCache": "teacher_cache",
     "attention_divergence": "evaluation",
+    "cache_teacher": "teacher_cache_recorder",
     "detection_metrics": "evaluation",
     "distill_detector": "run",
     "evaluate_detector": "evaluation",

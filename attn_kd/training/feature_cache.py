@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from attn_kd._atomic import replacing_folder
 from attn_kd.errors import InputError
 from attn_kd.training.datasets import DetectionDataset
-from attn_kd.training.sampling import sample_seed
+from attn_kd.training.sampling import epoch_view, sample_seed
 
 if TYPE_CHECKING:
     from transformers import DetrForObjectDetection
@@ -74,10 +74,13 @@ class CachedFeatures(Dataset):
         return self.num_images
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        view = sample_seed(self.seed, self.epoch, index) % self.views
-        tensors = self.store.read(index, view)
+        tensors = self.store.read(index, self.view(index))
         features, mask = tensors.pop("features"), tensors.pop("mask")
         return {"features": features, "mask": mask, "labels": tensors}
+
+    def view(self, index: int) -> int:
+        """The view of an image in this epoch."""
+        return epoch_view(self.seed, self.epoch, index, self.views)
 
 
 class FeatureCollator:

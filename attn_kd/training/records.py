@@ -84,15 +84,22 @@ class RunRecord:
         teacher: ``None`` where there is none.
         data: :func:`~attn_kd.training.datasets.data_fingerprint` of the training split; ``None``
             where it is not known, as in records written before it was kept.
+        teacher_cache: folder of the cache of the teacher that was trained from, and the SHA-256 of
+            its manifest; ``None`` where the teacher ran.
     """
 
     config: TrainingConfig
     teacher: TeacherIdentity | None = None
     data: str | None = None
+    teacher_cache: TeacherIdentity | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        teacher = None if self.teacher is None else vars(self.teacher)
-        return {"config": self.config.to_dict(), "teacher": teacher, "data": self.data}
+        teacher, cache = (
+            None if identity is None else vars(identity)
+            for identity in (self.teacher, self.teacher_cache)
+        )
+        record = {"config": self.config.to_dict(), "teacher": teacher, "data": self.data}
+        return record if cache is None else {**record, "teacher_cache": cache}
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> RunRecord:
@@ -103,12 +110,12 @@ class RunRecord:
         """
         values = read_json(path, dict)
         try:
-            teacher = values["teacher"]
-            return cls(
-                TrainingConfig.from_dict(values["config"]),
-                None if teacher is None else TeacherIdentity(**teacher),
-                values.get("data"),
+            teacher, cache = (
+                None if identity is None else TeacherIdentity(**identity)
+                for identity in (values["teacher"], values.get("teacher_cache"))
             )
+            config = TrainingConfig.from_dict(values["config"])
+            return cls(config, teacher, values.get("data"), cache)
         except (KeyError, TypeError) as error:
             raise InputError(f"{path} is no record of a training run: {error}") from None
 
@@ -116,18 +123,20 @@ class RunRecord:
         """Check that this run, resumed, would go on with what ``earlier`` began.
 
         Raises:
-            InputError: a setting, the teacher's weights or the training data differ; the first that
-                does is named.
+            InputError: a setting, the teacher's weights, its cache or the training data differ; the
+                first that does is named.
         """
         for name, (now, before) in self.config.differences(earlier.config).items():
             raise InputError(f"cannot resume {where}: {name} is {now!r}, it was {before!r}")
-        mine = None if self.teacher is None else self.teacher.sha256
-        theirs = None if earlier.teacher is None else earlier.teacher.sha256
-        if mine != theirs:
-            raise InputError(
-                f"cannot resume {where}: the teacher is {_described(self.teacher)}, "
-                f"it was {_described(earlier.teacher)}"
-            )
+        for what, now, before in (
+            ("teacher", self.teacher, earlier.teacher),
+            ("teacher cache", self.teacher_cache, earlier.teacher_cache),
+        ):
+            if (now and now.sha256) != (before and before.sha256):
+                raise InputError(
+                    f"cannot resume {where}: the {what} is {_described(now)}, "
+                    f"it was {_described(before)}"
+                )
         if None not in (self.data, earlier.data) and self.data != earlier.data:
             raise InputError(
                 f"cannot resume {where}: the training data has other images, boxes or classes than "

@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
+from attn_kd.errors import InputError
 from attn_kd.models import freeze_backbone, load_detector, save_detector
 from attn_kd.training.arguments import training_arguments
 from attn_kd.training.backbone_forward import bf16_backbone, feature_maps_as_input
@@ -39,13 +40,13 @@ from attn_kd.training.records import (
     TENSORBOARD,
     RunFolder,
     RunRecord,
-    TeacherIdentity,
     history_entries,
     write_json,
 )
-from attn_kd.training.sources import Source, TrainingData, feature_source, image_source
+from attn_kd.training.sources import Source, TrainingData, Views, feature_source, image_source
+from attn_kd.training.teacher import Teacher, distilled_layers
 from attn_kd.training.trainer import DistillationTrainer, checkpoint_state
-from attn_kd.training.untrained import Teacher, rehearse, untrained_detector
+from attn_kd.training.untrained import rehearse, untrained_detector
 
 if TYPE_CHECKING:
     from transformers import DetrForObjectDetection
@@ -82,6 +83,7 @@ class RunOptions:
         overwrite: start anew in a folder that holds a run or a model.
         device: ``None`` for the GPU if there is one.
         feature_folder: where cached features are kept for further runs; ``None``: in memory.
+        teacher_cache: what the teacher makes of the images is read from there, and it is not run.
         progress: show bars on stderr.
         title: names the run in the bars.
     """
@@ -90,6 +92,7 @@ class RunOptions:
     overwrite: bool = False
     device: torch.device | str | None = None
     feature_folder: Path | None = None
+    teacher_cache: Path | None = None
     progress: bool = False
     title: str = ""
 
@@ -117,7 +120,7 @@ def train_detector(
 
 def distill_detector(
     config: TrainingConfig,
-    teacher: str | os.PathLike,
+    teacher: str | os.PathLike | None,
     data: TrainingData | str | os.PathLike,
     out: str | os.PathLike,
     **options: Any,
@@ -129,7 +132,7 @@ def distill_detector(
 
     Args:
         config: the settings of the student.
-        teacher: the model folder of the teacher.
+        teacher: the model folder of the teacher; with a ``teacher_cache`` it may be ``None``.
         data: a COCO data folder, or opened data.
         out: becomes the student's model folder.
         options: fields of :class:`RunOptions`.
@@ -138,7 +141,14 @@ def distill_detector(
         InputError: the configuration, the teacher, the data or the folder cannot be used.
         TrainingInterrupted: Ctrl-C; what ``out`` then holds can be resumed.
     """
-    return _Run(config, Path(teacher), data, out, RunOptions(**options)).execute()
+    how = RunOptions(**options)
+    if how.teacher_cache is not None:
+        taught_by = Teacher.cached(how.teacher_cache, teacher)
+    elif teacher is not None:
+        taught_by = Teacher.load(teacher)
+    else:
+        raise InputError("teacher is None and so is teacher_cache; expected one of them")
+    return _Run(config, taught_by, data, out, how).execute()
 
 
 class _Run:
@@ -147,7 +157,7 @@ class _Run:
     def __init__(
         self,
         config: TrainingConfig,
-        teacher_folder: Path | None,
+        teacher: Teacher | None,
         data: TrainingData | str | os.PathLike,
         out: str | os.PathLike,
         options: RunOptions,
@@ -156,11 +166,14 @@ class _Run:
         self.options = options
         self.folder = RunFolder(Path(out))
         self.data = data if isinstance(data, TrainingData) else TrainingData.open(data)
-        self.teacher = identity = None
-        if teacher_folder is not None:
-            self.teacher = Teacher(*load_detector(teacher_folder))
-            identity = TeacherIdentity.of(teacher_folder)
-        self.record = RunRecord(config, identity, data_fingerprint(self.data.train))
+        self.teacher = teacher
+        self.cache = None if teacher is None else teacher.cache
+        self.record = RunRecord(
+            config,
+            None if teacher is None else teacher.identity,
+            data_fingerprint(self.data.train),
+            None if self.cache is None else self.cache.identity,
+        )
 
     def execute(self) -> TrainingRun:
         """Train, unless that is done already, and load the result."""
@@ -220,6 +233,8 @@ class _Run:
             )
         set_seed(config.seed)
         model, processor = untrained_detector(config, self.data.train, self.teacher)
+        self._views()
+        self._verify_cache()
         rehearse(config, model, processor, self.data.train, self.teacher)
         return model, processor
 
@@ -231,7 +246,7 @@ class _Run:
     ) -> None:
         """From the untrained model, or a checkpoint, to the saved model."""
         config = self.config
-        models = [model] if self.teacher is None else [model, self.teacher.model]
+        models = [model] if self._running_teacher is None else [model, self._running_teacher]
         interrupt = StopOnInterrupt()
         with contextlib.ExitStack() as stack:
             if config.amp == "bf16-backbone":
@@ -266,7 +281,14 @@ class _Run:
 
     @property
     def _shares_backbone(self) -> bool:
-        return self._starts_from_teacher and self.config.freeze_backbone
+        """Whether one backbone, frozen, runs for teacher and student."""
+        runs_teacher = self._running_teacher is not None
+        return runs_teacher and self._starts_from_teacher and self.config.freeze_backbone
+
+    @property
+    def _running_teacher(self) -> DetrForObjectDetection | None:
+        """The teacher that runs beside the student; none does with a cache."""
+        return None if self.teacher is None or self.cache is not None else self.teacher.model
 
     def _pretrain(self, model: DetrForObjectDetection, processor: BaseImageProcessor) -> None:
         """Dense objectness: trains the backbone of ``model`` in place, and keeps the result."""
@@ -299,6 +321,9 @@ class _Run:
             evaluate = partial(detection_metrics, processor=processor, dataset=data.val)
         arguments = self._arguments(**({} if evaluate else {"eval_strategy": "no"}))
         source = self._source(model, processor, arguments)
+        if self.teacher is not None:
+            layers = distilled_layers(model, self.teacher.model, config)
+            source = self.teacher.taught(source, data.train, layers.values())
         return DistillationTrainer(
             model=model,
             args=arguments,
@@ -312,9 +337,11 @@ class _Run:
                 *([TensorBoard(self.folder.path / TENSORBOARD)] if config.tensorboard else []),
             ],
             teacher=None if self.teacher is None else self.teacher.model,
+            distiller_options=config.distiller_options,
             alpha=config.alpha,
             temperature=config.temperature,
             class_weight=config.class_weight,
+            cached_layers=None if self.cache is None else self.cache.recipe.layers,
             share_backbone=self._shares_backbone and not config.cache_features,
             backbone_learning_rate=config.backbone_learning_rate,
             evaluate_detector=evaluate,
@@ -328,18 +355,32 @@ class _Run:
         arguments: TrainingArguments,
     ) -> Source:
         if not self.config.cache_features:
-            return image_source(self.data.train, processor, self.config)
+            return image_source(self.data.train, processor, self.config, self._views())
         with arguments.main_process_first(desc="caching features"):
             return feature_source(
                 model,
                 self.data.train,
                 processor,
                 self.config,
-                teacher=None if self.teacher is None else self.teacher.model,
+                teacher=self._running_teacher,
+                views=self._views(),
                 folder=self.options.feature_folder,
                 device=arguments.device,
                 progress=self._bar("features"),
             )
+
+    def _views(self) -> Views | None:
+        """The views of an image that there are; ``None`` where there is no end of them."""
+        if self.teacher is None:
+            return None
+        return self.teacher.views(augment=self.config.augment)
+
+    def _verify_cache(self) -> None:
+        """Check the teacher cache, once on every machine."""
+        arguments = self._arguments()
+        with arguments.main_process_first(desc="checking the teacher cache"):
+            if self.cache is not None and arguments.local_process_index == 0:
+                self.cache.verify(self._bar("teacher cache"))
 
     def _arguments(self, **changes: Any) -> TrainingArguments:
         return training_arguments(

@@ -20,6 +20,11 @@ def sample_seed(seed: int, epoch: int, index: int) -> int:
     return int(words[0] >> np.uint64(1))
 
 
+def epoch_view(seed: int, epoch: int, index: int, views: int) -> int:
+    """Which of the views of a sample an epoch sees."""
+    return sample_seed(seed, epoch, index) % views
+
+
 class SeededItems(Dataset):
     """The items of a data set, each with the seed of its augmentation in this epoch.
 
@@ -44,3 +49,40 @@ class SeededItems(Dataset):
             **self.dataset[index],
             "augmentation_seed": sample_seed(self.seed, self.epoch, index),
         }
+
+
+class ViewedItems(Dataset):
+    """The items of a data set in one of a few fixed views: as it is (0), or augmented.
+
+    Which of an image's views an item is depends on the epoch, by the seed; the augmentation of a
+    view depends on the seed alone.
+
+    Args:
+        dataset: of items that are dictionaries.
+        views: of each image.
+        seed: of the augmentation, and of which view an epoch sees.
+    """
+
+    def __init__(self, dataset: DetectionDataset, *, views: int, seed: int) -> None:
+        self.dataset = dataset
+        self.views = views
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.item(index, self.view(index))
+
+    def view(self, index: int) -> int:
+        """The view of an image in this epoch."""
+        return epoch_view(self.seed, self.epoch, index, self.views)
+
+    def item(self, index: int, view: int) -> dict[str, Any]:
+        """A view of an image; its ``augmentation_seed`` is ``None`` for view 0."""
+        seed = sample_seed(self.seed, view, index) if view else None
+        return {**self.dataset[index], "augmentation_seed": seed}

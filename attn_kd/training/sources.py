@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -22,7 +22,7 @@ from attn_kd.training.feature_cache import (
     cache_features,
     require_shared_backbone,
 )
-from attn_kd.training.sampling import SeededItems
+from attn_kd.training.sampling import SeededItems, ViewedItems
 
 if TYPE_CHECKING:
     from transformers import DetrForObjectDetection
@@ -55,12 +55,23 @@ class Source:
     collate: Collator
 
 
+class Views(NamedTuple):
+    """How many views there are of an image (as it is, the others augmented), and of which seed."""
+
+    number: int
+    seed: int
+
+
 def image_source(
     dataset: DetectionDataset | DetectionStream,
     processor: BaseImageProcessor,
     config: TrainingConfig,
+    views: Views | None = None,
 ) -> Source:
     """Images, augmented if the configuration says so.
+
+    Args:
+        views: those there are to choose from; ``None``: a new one in every epoch.
 
     Raises:
         InputError: a stream of images without an end to the training.
@@ -70,6 +81,8 @@ def image_source(
         if config.max_steps is None:
             raise InputError("max_steps is None; expected a number, a stream has no epochs")
         return Source(dataset, collate)
+    if views is not None:
+        return Source(ViewedItems(dataset, views=views.number, seed=views.seed), collate)
     return Source(SeededItems(dataset, config.seed), collate)
 
 
@@ -80,6 +93,7 @@ def feature_source(
     config: TrainingConfig,
     *,
     teacher: DetrForObjectDetection | None = None,
+    views: Views | None = None,
     folder: Path | None = None,
     device: torch.device | str = "cpu",
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
@@ -90,6 +104,7 @@ def feature_source(
 
     Args:
         teacher: must have the same backbone.
+        views: of each image; ``None``: as many as the configuration says, of its seed.
         folder: where features are kept for further runs; ``None`` for in memory.
         device: where the backbone runs.
         progress: wraps the iteration over the images.
@@ -101,16 +116,17 @@ def feature_source(
         raise InputError("cache_features is True; expected a data folder, not a stream of images")
     if teacher is not None:
         require_shared_backbone(model, teacher)
+    if views is None:
+        views = Views(config.cache_views if config.augment else 1, config.seed)
     collators = [DetectionCollator(processor)]
-    if config.augment:
-        collators += [DetectionCollator(processor, Augmentation())] * (config.cache_views - 1)
+    collators += [DetectionCollator(processor, Augmentation())] * (views.number - 1)
     in_bf16 = config.amp == "bf16-backbone" and computes_bf16(device)
     precision = "bf16" if in_bf16 else "float32"
     cached = cache_features(
         model,
         dataset,
         collators,
-        seed=config.seed,
+        seed=views.seed,
         folder=folder,
         key=None if folder is None else _what_features_depend_on(dataset, processor, precision),
         device=device,

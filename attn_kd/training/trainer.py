@@ -13,7 +13,7 @@ import json
 import math
 import pickle
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ from attn_kd.errors import InputError
 from attn_kd.models import load_detector
 from attn_kd.models.checkpoint import quiet_transformers
 from attn_kd.training.config import read_json
+from attn_kd.training.teacher_cache_batches import teacher_pass
+from attn_kd.training.teacher_cache_format import CachedLayer
 
 #: The file in every checkpoint that says which run, and which teacher, it belongs to.
 RECORD_NAME = "attn_kd.json"
@@ -44,7 +46,10 @@ class DistillationTrainer(Trainer):
 
     Args:
         teacher: the trained detector to distil from; ``None`` trains a plain detector.
-        layers: pairs of student and teacher layers, see :class:`~attn_kd.AttentionDistiller`.
+        cached_layers: batches hold what the teacher has made of their images, of these layers, and
+            it is not run; it may be one without weights.
+        distiller_options: which layers, heads and grids are compared, and how: keyword arguments of
+            :class:`~attn_kd.AttentionDistiller`.
         alpha: weight of the attention divergence; the detection loss has weight ``1 - alpha``.
         temperature: of the optional class term.
         class_weight: weight of the class term beside the attention divergence.
@@ -63,7 +68,8 @@ class DistillationTrainer(Trainer):
         self,
         *,
         teacher: nn.Module | None = None,
-        layers: Mapping[str, str] | None = None,
+        cached_layers: Sequence[CachedLayer] | None = None,
+        distiller_options: Mapping[str, Any] | None = None,
         alpha: float = 0.7,
         temperature: float = 1.0,
         class_weight: float = 0.0,
@@ -79,8 +85,11 @@ class DistillationTrainer(Trainer):
         self.remove_callback(ProgressCallback)
         # The loss is a mean over the batch; DETR takes no count of items to divide by instead.
         self.model_accepts_loss_kwargs = False
-        self.teacher = None if teacher is None else teacher.to(self.args.device).eval()
-        self.layers = layers
+        self.teacher = teacher
+        self.cached_layers = cached_layers
+        if teacher is not None and cached_layers is None:
+            self.teacher = teacher.to(self.args.device).eval()
+        self.distiller_options = dict(distiller_options or {})
         self.loss_weights = {
             "alpha": alpha,
             "temperature": temperature,
@@ -101,7 +110,7 @@ class DistillationTrainer(Trainer):
             stack.enter_context(quiet_transformers())
             if self.teacher is not None:
                 self._distiller = stack.enter_context(
-                    AttentionDistiller(self.teacher, self.model, layers=self.layers)
+                    AttentionDistiller(self.teacher, self.model, **self.distiller_options)
                 )
             return super().train(*args, **kwargs)
 
@@ -120,7 +129,10 @@ class DistillationTrainer(Trainer):
         else:
             if self.share_backbone:
                 inputs = self._through_backbone(inputs)
-            result = self._distiller.run(inputs, student=model)
+            given = None
+            if self.cached_layers is not None:
+                inputs, given = teacher_pass(inputs, self.cached_layers)
+            result = self._distiller.run(inputs, student=model, teacher_pass=given)
             outputs = result.student
             parts = distillation_loss(result, **self.loss_weights)
             loss = parts.total

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,18 +22,14 @@ from attn_kd.training.datasets import (
     is_stream,
     most_objects,
 )
+from attn_kd.training.sampling import ViewedItems
+from attn_kd.training.sources import Source
+from attn_kd.training.teacher import Teacher, distilled_layers
+from attn_kd.training.teacher_cache_batches import teacher_pass
 
 if TYPE_CHECKING:
     from transformers import DetrForObjectDetection
     from transformers.image_processing_utils import BaseImageProcessor
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """A trained detector and its image processor."""
-
-    model: DetrForObjectDetection
-    processor: BaseImageProcessor
 
 
 def untrained_detector(
@@ -88,19 +83,29 @@ def rehearse(
     Raises:
         InputError: something does not fit.
     """
-    item = next(iter(dataset)) if is_stream(dataset) else dataset[0]
+    collate = DetectionCollator(processor)
+    given = None
+    if is_stream(dataset):
+        batch = collate([next(iter(dataset))])
+    elif teacher is None or teacher.cache is None:
+        batch = collate([dataset[0]])
+    else:
+        images = Source(ViewedItems(dataset, views=1, seed=0), collate)
+        layers = distilled_layers(model, teacher.model, config)
+        taught = teacher.taught(images, dataset, layers.values())
+        batch = taught.collate([taught.dataset[0]])
+        batch, given = teacher_pass(batch, teacher.cache.recipe.layers)
     if teacher is None:
-        DetectionCollator(processor)([item])
         return
     if config.class_weight > 0:
         _require_same_classes(teacher.model, dataset)
-    batch = DetectionCollator(processor)([item])
     was_training = model.training
     model.eval()  # so that neither dropout nor batch statistics take part
     try:
-        with torch.no_grad(), AttentionDistiller(teacher.model, model) as distiller:
+        distiller = AttentionDistiller(teacher.model, model, **config.distiller_options)
+        with torch.no_grad(), distiller:
             distillation_loss(
-                distiller(**batch),
+                distiller.run(batch, teacher_pass=given),
                 alpha=config.alpha,
                 temperature=config.temperature,
                 class_weight=config.class_weight,

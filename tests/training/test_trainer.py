@@ -89,7 +89,7 @@ def test_layers_may_be_chosen(trainer):
             student,
             TrainingConfig(batch_size=4, learning_rate=1e-12, warmup=0.0, log_steps=1),
             teacher=teacher,
-            layers={path.format(0): path.format(number)},
+            distiller_options={"layers": {path.format(0): path.format(number)}},
             alpha=1.0,
         )
         run.train()
