@@ -33,6 +33,7 @@ class Option(NamedTuple):
     type: Callable[[str], Any] | None = None  # None: a switch
     choices: tuple[str, ...] | None = None
     value: bool = True  # that a switch sets
+    several: str | None = None  # what to call the values of an option that takes one or more
 
 
 MODEL_OPTIONS = (
@@ -102,6 +103,8 @@ def add_options(parser: argparse.ArgumentParser, title: str, options: tuple[Opti
             how |= {"choices": option.choices}
         else:
             how |= {"type": option.type, "metavar": "X" if "float" in str(option.type) else "N"}
+        if option.several is not None:
+            how |= {"nargs": "+", "metavar": option.several}
         group.add_argument(option.flag, **how)
 
 
