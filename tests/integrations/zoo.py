@@ -25,7 +25,9 @@ LABELS = 3
 class Family:
     """How to build one family's model, and what is known of its attention layers.
 
-    `layers` maps each kind of distillable layer to the path of layer {0}.
+    `layers` maps each kind of distillable layer to the path of layer {0}; `deformable` holds the
+    attention that transformers does not dispatch, by the kind that it stands for. `loss_dtype` is
+    the widest in which the family's loss can be computed.
     """
 
     model_class: str
@@ -34,16 +36,17 @@ class Family:
     image_size: int = 64
     takes_pixel_mask: bool = True
     detects: bool = True
-    #: The attention that transformers does not dispatch, by kind: what a refusal must name.
+    loss_dtype: torch.dtype = torch.float64
     deformable: dict[str, str] = field(default_factory=dict)
 
-    def build(self, *, seed: int, layers: int = 1, width: int = 32) -> nn.Module:
+    def build(self, *, seed: int, layers: int = 2, width: int = 32) -> nn.Module:
         """Return a model in evaluation mode whose attention maps are far from uniform."""
         if not hasattr(transformers, self.model_class):
             pytest.skip(f"transformers {transformers.__version__} has no {self.model_class}")
         torch.manual_seed(seed)
         model = getattr(transformers, self.model_class)(self.config(layers, width))
         _redraw(model)
+        _settle_batch_norms(model, self.batch())
         return model.eval().requires_grad_(True)  # transformers freezes part of some backbones
 
     def batch(self, *, padded: bool = False, labels: bool = False) -> dict[str, Any]:
@@ -78,14 +81,35 @@ def to(batch: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _redraw(model: nn.Module) -> None:
-    """At transformers' own scale every map is uniform, and what starts as zero teaches nothing."""
+    """Draw all weights anew, at a gain of 1 and for queries and keys of 1.5.
+
+    At transformers' own scales every map is uniform, and features vanish on their way through the
+    convolutions until rounding decides which of them a two-stage decoder selects.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight)
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        elif isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
     for module in attention_modules(model).values():
-        for parameter in module.parameters():
-            if parameter.dim() == 2:
-                nn.init.normal_(parameter, std=1.5 * parameter.shape[1] ** -0.5)
+        for projection in module.modules():
+            if isinstance(projection, nn.Linear):
+                nn.init.normal_(projection.weight, std=1.5 * projection.in_features**-0.5)
     for parameter in model.parameters():
         if parameter.dim() > 1 and not parameter.any():
-            nn.init.normal_(parameter, std=0.1)
+            nn.init.normal_(parameter)  # class tokens and position embeddings
+
+
+@torch.no_grad()
+def _settle_batch_norms(model: nn.Module, batch: dict[str, Any]) -> None:
+    """Give batch norms the statistics that they meet, so that their outputs are of size 1."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    if norms:
+        for norm in norms:
+            norm.momentum = 1.0
+        model.train()(**batch)
 
 
 def _resnet() -> Any:
@@ -275,6 +299,7 @@ FAMILIES = {
         "DFineForObjectDetection",
         _rt_detr("DFineConfig", _hgnet, lqe_hidden_dim=8, depth_mult=0.34, max_num_bins=8),
         _HYBRID_LAYERS,
+        loss_dtype=torch.float32,
         deformable=_DEFORMABLE_DECODER,
     ),
     "rf-detr": Family(

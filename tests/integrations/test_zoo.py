@@ -1,0 +1,143 @@
+"""attn_kd in every family of detectors: outputs, gradients, and one step of distillation each."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from attn_kd import AttentionDistiller
+from attn_kd.integrations.attention_modules import attention_modules
+from attn_kd.integrations.transformers import register
+from tests.integrations.explicit_maps import divergence, explicit_maps, use
+from tests.integrations.zoo import FAMILIES, Family, to
+
+families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    register()
+
+
+def outputs(model: nn.Module, batch: dict) -> dict[str, Tensor]:
+    output = model(**batch)
+    return {name: output[name] for name in ("loss", "logits", "pred_boxes") if name in output}
+
+
+@pytest.mark.parametrize(
+    ("family", "padded"),
+    [pytest.param(family, False, id=f"{name}-whole") for name, family in FAMILIES.items()]
+    + [
+        pytest.param(family, True, id=f"{name}-padded")
+        for name, family in FAMILIES.items()
+        if family.takes_pixel_mask
+    ],
+)
+@torch.no_grad()
+def test_outputs_are_those_of_sdpa(family: Family, padded: bool):
+    model = family.build(seed=0, layers=2)
+    batch = family.batch(padded=padded)
+    expected = outputs(use(model, "sdpa"), batch)
+    actual = outputs(use(model, "attn_kd"), batch)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@families
+@torch.no_grad()
+def test_public_setter_reaches_every_attention_layer(family: Family):
+    model = family.build(seed=0)
+    model.set_attn_implementation("attn_kd")
+    modules = attention_modules(model).values()
+    assert {module.config._attn_implementation for module in modules} == {"attn_kd"}
+
+
+@pytest.fixture
+def default_dtype(family):
+    """Losses make tensors of the default dtype."""
+    torch.set_default_dtype(family.loss_dtype)
+    yield family.loss_dtype
+    torch.set_default_dtype(torch.float32)
+
+
+@families
+def test_gradients_in_training_are_those_of_sdpa(family: Family, default_dtype: torch.dtype):
+    model = family.build(seed=0).to(default_dtype).train()
+    batch = to(family.batch(padded=True, labels=family.detects), default_dtype)
+    gradients = {}
+    for implementation in ("sdpa", "attn_kd"):
+        use(model, implementation)
+        torch.manual_seed(0)  # RT-DETR and D-FINE draw denoising queries
+        result = outputs(model, batch)
+        loss = result["loss"] if family.detects else result["logits"].square().sum()
+        gradients[implementation] = _gradient(loss, model)
+    assert gradients["sdpa"].norm() > 1e-3
+    error = (gradients["attn_kd"] - gradients["sdpa"]).norm() / gradients["sdpa"].norm()
+    assert error < 1000 * torch.finfo(default_dtype).eps
+
+
+class Step:
+    """One step of distillation, from the last layer of 3 to the last of 2, and two ways to it."""
+
+    def __init__(self, family: Family, kind: str) -> None:
+        self.student = family.build(seed=1)
+        self.teacher = family.build(seed=2, layers=3, width=64)
+        self.student_path = family.layers[kind].format(1)
+        self.teacher_path = family.layers[kind].format(2)
+        self.self_attention = kind.endswith("self")
+        self.batch = family.batch(padded=True)
+
+    def fused(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The distiller's divergence and its gradient in all parameters, as one vector."""
+        student, teacher = self._models(dtype)
+        layers = {self.student_path: self.teacher_path}
+        with AttentionDistiller(teacher, student, layers=layers) as distiller:
+            result = distiller(**to(self.batch, dtype)).attention_kl
+            return result.detach(), _gradient(result, student)
+
+    def eager(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The same from explicit maps."""
+        student, teacher = self._models(dtype)
+        batch = to(self.batch, dtype)
+        with torch.no_grad(), explicit_maps(teacher) as teacher_maps:
+            teacher(**batch)
+        with explicit_maps(student) as student_maps:
+            student(**batch)
+        result = divergence(
+            student_maps[self.student_path],
+            teacher_maps[self.teacher_path],
+            self_attention=self.self_attention,
+        )
+        return result.detach(), _gradient(result, student)
+
+    def _models(self, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+        return copy.deepcopy(self.student).to(dtype), copy.deepcopy(self.teacher).to(dtype)
+
+
+def _gradient(loss: Tensor, model: nn.Module) -> Tensor:
+    parameters = list(model.parameters())
+    found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+    return torch.cat([gradient.flatten() for gradient in found])
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        pytest.param(family, kind, id=f"{name}-{kind}")
+        for name, family in FAMILIES.items()
+        for kind in family.layers
+    ],
+)
+def test_distillation_step_is_that_of_eager_maps(family: Family, kind: str):
+    step = Step(family, kind)
+    truth = step.eager(torch.float64)
+    assert truth[0] > 0.01  # the maps do differ
+    assert truth[1].norm() > 1e-3
+    torch.testing.assert_close(step.fused(torch.float64), truth, rtol=1e-6, atol=1e-9)
+    fused, eager = step.fused(torch.float32), step.eager(torch.float32)
+    # Eager's roundings may cancel by luck in a single number, but not in a whole gradient.
+    for ours, theirs, exact, roundings in zip(fused, eager, truth, (32, 4), strict=True):
+        error, bar = ((x.double() - exact).norm() for x in (ours, theirs))
+        assert error <= 2 * bar + roundings * torch.finfo(torch.float32).eps * exact.norm()
