@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from attn_kd.nn.masks import visible
+
 
 def attention_map(
     query: Tensor,  # [B, H, Lq, D]
@@ -21,11 +23,11 @@ def attention_map(
     logits = (query * scale) @ key.mT
     if attn_mask is None:
         return logits.softmax(dim=-1).to(query.dtype)
-    if attn_mask.dtype == torch.bool:
-        logits = logits.masked_fill(~attn_mask, float("-inf"))
-    else:
+    shown = visible(attn_mask)
+    if attn_mask.dtype != torch.bool:
         logits = logits + attn_mask
-    blind = (logits == float("-inf")).all(dim=-1, keepdim=True)
-    # The softmax of such a row is NaN, and so would be its gradient, however it is masked later.
-    weights = logits.masked_fill(blind, 0.0).softmax(dim=-1)
+    # The softmax of a row without keys is NaN, and so would be its gradient, however it is masked
+    # later: such a row is filled with 0 first.
+    blind = ~shown.any(dim=-1, keepdim=True)
+    weights = logits.masked_fill(~shown, float("-inf")).masked_fill(blind, 0.0).softmax(dim=-1)
     return weights.masked_fill(blind, 0.0).to(query.dtype)

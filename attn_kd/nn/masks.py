@@ -1,10 +1,21 @@
-"""The masks of torch.nn.MultiheadAttention as one mask of the operator."""
+"""What masks hide, and the masks of torch.nn.MultiheadAttention as one mask of the operator."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+#: An additive mask value up to this one hides a key from the operators as -inf does.
+HIDDEN_BIAS = -1e6
+
+
+def visible(attn_mask: Tensor) -> Tensor:
+    """Return where a mask of the operator, bool or additive, lets queries attend; bool."""
+    if attn_mask.dtype == torch.bool:
+        return attn_mask
+    hidden = max(HIDDEN_BIAS, torch.finfo(attn_mask.dtype).min)  # float16 goes no lower than -65504
+    return ~(attn_mask <= hidden)  # in this form NaN stays visible
 
 
 def merge_masks(
@@ -26,8 +37,8 @@ def merge_masks(
     if not masks:
         return None
     if all(mask.dtype == torch.bool for mask in masks):
-        visible = [~mask for mask in masks]
-        return visible[0] if len(visible) == 1 else visible[0] & visible[1]
+        shown = [~mask for mask in masks]
+        return shown[0] if len(shown) == 1 else shown[0] & shown[1]
     if len(masks) == 1:
         return masks[0]
     dtype = next(mask.dtype for mask in masks if mask.dtype != torch.bool)

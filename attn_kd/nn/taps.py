@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from attn_kd.errors import InputError
+from attn_kd.nn.masks import visible
 from attn_kd.ops import attention, attention_kl
 
 TAPS_ARGUMENT = "attn_kd_taps"
@@ -206,6 +207,12 @@ class FuseTap:
                 f"the teacher ran on {teacher_batch} images, the student on {batch}; "
                 "expected the same batch"
             )
+        if self._self_attention and query.shape[2] != key.shape[2]:
+            raise InputError(
+                f"student layer {self.layer!r} passes for self-attention, but attends from "
+                f"{query.shape[2]} to {key.shape[2]} tokens; if it is cross-attention, say so: "
+                "module.self_attention = False"
+            )
         record = self._record.to(query.device)
         if self._fit is not None:
             record = self._fit(record, query, key)
@@ -237,14 +244,11 @@ def distilled_rows(attn_mask: Tensor | None, *, self_attention: bool) -> Tensor 
     """
     if attn_mask is None:
         return None
-    if attn_mask.dtype == torch.bool:
-        visible = attn_mask
-    else:  # additive: a masked key has -inf or, in some libraries, the lowest finite number
-        visible = attn_mask > torch.finfo(attn_mask.dtype).min
-    visible = visible.reshape((1,) * (4 - visible.dim()) + visible.shape)
-    rows = visible.any(dim=-1)  # [B or 1, H or 1, Lq or 1]
+    shown = visible(attn_mask)
+    shown = shown.reshape((1,) * (4 - shown.dim()) + shown.shape)
+    rows = shown.any(dim=-1)  # [B or 1, H or 1, Lq or 1]
     if self_attention:
-        rows = rows & visible.any(dim=-2)  # [B or 1, H or 1, Lk]
+        rows = rows & shown.any(dim=-2)  # [B or 1, H or 1, Lk]
     return rows
 
 

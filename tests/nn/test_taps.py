@@ -23,6 +23,8 @@ def additive(mask: torch.Tensor, masked: float) -> torch.Tensor:
         pytest.param(KEYS[:, None, None, :].expand(B, H, L, L), id="expanded"),
         pytest.param(additive(KEYS[:, None, None, :], float("-inf")), id="minus-infinity"),
         pytest.param(additive(KEYS[:, None, None, :], torch.finfo().min), id="lowest-float"),
+        pytest.param(additive(KEYS[:, None, None, :], -1e9), id="minus-1e9"),
+        pytest.param(additive(KEYS[:, None, None, :], -65504).half(), id="lowest-float16"),
     ],
 )
 def test_padded_queries_of_self_attention_do_not_count(mask):
@@ -137,6 +139,12 @@ def test_closed_tap_keeps_its_result(record):
 def test_maps_that_cannot_be_compared_are_named(record, sizes, message):
     with pytest.raises(InputError, match=message):
         attend(fuse_tap(record), **sizes)
+
+
+def test_cross_attention_that_passes_for_self_attention_is_named(record):
+    tap, tokens = fuse_tap(record), [torch.randn(B, H, n, D) for n in (L, L + 1, L + 1)]
+    with pytest.raises(InputError, match=r"'student.attn' passes .* from 5 to 6 tokens"):
+        tap.attend(*tokens, attn_mask=None, scale=None)
 
 
 @pytest.mark.parametrize("role", ["teacher", "student"])
