@@ -80,9 +80,11 @@ def without_kind(model: nn.Module, kind: str) -> str:
     side, relation = kind.split("_")
     sentence = f"{type(model).__name__} has no {side} {relation}-attention to distil"
     # Where there is deformable attention it takes the place of attention over an image's tokens.
-    deformable = _deformable(model, side) if kind in ("encoder_self", "decoder_cross") else None
-    if deformable is not None:
-        sentence += f": {deformable!r} {not_attention(model.get_submodule(deformable))}"
+    reason = _deformable(model, side) if kind in ("encoder_self", "decoder_cross") else None
+    if reason is None:
+        reason = next((p for p, module in model.named_modules() if _replacement(module)), None)
+    if reason is not None:
+        sentence += f": {reason!r} {not_attention(model.get_submodule(reason))}"
     return f"{sentence} ({listing(attention_modules(model))})"
 
 
@@ -94,12 +96,22 @@ def not_attention(module: nn.Module) -> str:
             f"is deformable attention ({name}): it weighs a few sampled points per query, so there "
             "is no map over the keys to distil"
         )
-    if isinstance(module, nn.MultiheadAttention):
-        return (
-            f"is a {name}, not an attention module of attn_kd; "
-            "attn_kd.nn.replace_multihead_attention(model) makes it one"
-        )
+    replacement = _replacement(module)
+    if replacement is not None:
+        return f"is a {name}, not an attention module of attn_kd; {replacement}(model) makes it one"
     return f"is a {name}, not an attention module"
+
+
+def _replacement(module: nn.Module) -> str | None:
+    """Return the function that makes `module` an attention module of attn_kd, if there is one."""
+    if is_attention(module):
+        return None
+    if isinstance(module, nn.MultiheadAttention):
+        return "attn_kd.nn.replace_multihead_attention"
+    of_dab_detr = type(module).__module__.endswith(".modeling_dab_detr")
+    if of_dab_detr and type(module).__name__ in ("DetrAttention", "DabDetrAttention"):
+        return "attn_kd.integrations.dab_detr.replace_attention"
+    return None
 
 
 def listing(paths: Collection[str]) -> str:

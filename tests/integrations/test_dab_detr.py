@@ -13,6 +13,7 @@ from transformers import DabDetrConfig, DabDetrForObjectDetection, ResNetConfig
 from transformers.models.dab_detr import modeling_dab_detr
 
 from attn_kd.distill import AttentionDistiller
+from attn_kd.errors import InputError
 from attn_kd.integrations.dab_detr import replace_attention, restore_attention
 from attn_kd.nn import TapCarrier
 from tests.distill.explicit import explicit_kl
@@ -148,6 +149,12 @@ def test_checkpointed_layers_recompute_the_same():
             losses = [distiller(**batch_of(seed=seed)).attention_kl for seed in (0, 1)]
             found.append(gradients(sum(losses), student))
     torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("layers", [None, {ENCODER.format(1): ENCODER.format(1)}], ids=str)
+def test_model_whose_attention_was_not_replaced_is_told_how(layers):
+    with pytest.raises(InputError, match=r"attn_kd.integrations.dab_detr.replace_attention\(model"):
+        AttentionDistiller(dab_detr(1), dab_detr(2), layers=layers)
 
 
 def test_padding_mask_is_not_written_out_for_every_query():

@@ -139,6 +139,7 @@ def test_closing_leaves_nothing_on_the_modules(teacher, student):
     assert after == before
 
 
-def test_model_whose_attention_was_not_replaced_is_told_how(teacher, student):
-    with pytest.raises(InputError, match="replace_multihead_attention"):
-        AttentionDistiller(teacher, student, layers=LAYERS)
+@pytest.mark.parametrize("layers", [None, LAYERS], ids=["default", "by-path"])
+def test_model_whose_attention_was_not_replaced_is_told_how(teacher, student, layers):
+    with pytest.raises(InputError, match=r"attn_kd.nn.replace_multihead_attention\(model\) makes"):
+        AttentionDistiller(teacher, student, layers=layers)
