@@ -77,9 +77,9 @@ def write_cache(
             if not shards.hold(index):
                 shards.add(index, [record(index, view) for view in range(recipe.views)])
     except KeyboardInterrupt:
+        kept = index - index % recipe.images_per_shard
         raise KeyboardInterrupt(
-            f"{index} of {len(recipe.images)} images done; the same command goes on from the last "
-            "complete shard"
+            f"the same command goes on after {kept} of {len(recipe.images)} images"
         ) from None
     manifest = {
         "format": FORMAT,

@@ -6,7 +6,13 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from attn_kd.training import TrainingConfig, train_detector
+from attn_kd.training import (
+    CacheOptions,
+    TeacherCache,
+    TrainingConfig,
+    cache_teacher,
+    train_detector,
+)
 from tests.tiny_data import SIDE, write_tiny_data
 
 
@@ -37,3 +43,16 @@ def tiny_teacher(tiny_data, tiny_config, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("teacher") / "teacher"
     train_detector(tiny_config.replace(encoder_layers=2), tiny_data, out, device="cpu")
     return out
+
+
+@pytest.fixture(scope="session")
+def tiny_cache(tiny_data, tiny_teacher, tmp_path_factory) -> TeacherCache:
+    """Everything that the teacher makes of the training split, unrounded; three shards."""
+    options = CacheOptions(
+        layers="all",
+        kinds=("encoder_self", "decoder_self", "decoder_cross"),
+        dtype="float32",
+        images_per_shard=5,
+    )
+    out = tmp_path_factory.mktemp("cache") / "cache"
+    return cache_teacher(tiny_teacher, tiny_data, out, options)

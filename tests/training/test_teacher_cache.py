@@ -1,0 +1,152 @@
+"""A cache is used for what it was made of, and for nothing else."""
+
+import json
+import shutil
+
+import pytest
+from PIL import Image
+
+from attn_kd.data import CocoDetection
+from attn_kd.errors import InputError
+from attn_kd.models import load_detector
+from attn_kd.training import TeacherCache
+from attn_kd.training.teacher_cache_model import load_skeleton
+
+
+@pytest.fixture
+def copied(tiny_cache, tmp_path):
+    """The folder of a cache that may be damaged."""
+    return shutil.copytree(tiny_cache.folder, tmp_path / "cache")
+
+
+@pytest.fixture
+def data(tiny_data, tmp_path):
+    """A data folder that may be changed; its annotations of the training split."""
+    folder = shutil.copytree(tiny_data, tmp_path / "data")
+    file = folder / "annotations" / "instances_train.json"
+    return folder, file, json.loads(file.read_text())
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_intact_shards_pass(tiny_cache):
+    tiny_cache.verify()
+
+
+def test_damaged_shard_is_named(copied):
+    flip_a_bit(copied / "shard-00001.safetensors")
+    with pytest.raises(InputError, match=r"shard-00001\.safetensors is damaged: its SHA-256"):
+        TeacherCache.open(copied).verify()
+
+
+def test_missing_shard_is_named(copied):
+    (copied / "shard-00001.safetensors").unlink()
+    cache = TeacherCache.open(copied)
+    with pytest.raises(InputError, match=r"cannot read .*shard-00001\.safetensors"):
+        cache.verify()
+    with pytest.raises(InputError, match=r"shard-00001\.safetensors is missing or damaged"):
+        cache.read(6)
+
+
+def test_shard_cut_short_after_the_check_is_named(copied):
+    path = copied / "shard-00000.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(InputError, match=r"shard-00000\.safetensors is missing or damaged"):
+        TeacherCache.open(copied).read(0)
+
+
+def test_damaged_backbone_of_the_teacher_is_named(copied):
+    flip_a_bit(copied / "teacher" / "backbone.safetensors")
+    with pytest.raises(InputError, match=r"backbone\.safetensors is damaged"):
+        TeacherCache.open(copied).teacher_folder()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "version 2; expected 'attn_kd teacher cache', version 1"),
+        ({"format": "zip"}, "has format 'zip'"),
+        ({"shards": []}, "0 shards of 3"),
+        ({"recipe": {}}, "is broken: KeyError"),
+    ],
+    ids=["version", "format", "shards", "recipe"],
+)
+def test_manifest_of_another_kind_is_refused(copied, change, message):
+    file = copied / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(InputError, match=message):
+        TeacherCache.open(copied)
+
+
+def test_fewer_images_in_another_order_are_found(tiny_cache, data):
+    folder, file, document = data
+    kept = [document["images"][number] for number in (7, 2, 10)]
+    ids = {image["id"] for image in kept}
+    document |= {
+        "images": kept,
+        "annotations": [a for a in document["annotations"] if a["image_id"] in ids],
+    }
+    file.write_text(json.dumps(document))
+    assert tiny_cache.rows_of(CocoDetection(folder, "train")) == [7, 2, 10]
+
+
+def test_data_folder_may_have_moved(tiny_cache, data):
+    assert tiny_cache.rows_of(CocoDetection(data[0], "train")) == list(range(12))
+
+
+def test_unknown_image_is_named(tiny_cache, data):
+    folder, file, document = data
+    document["images"][3]["id"] = 99
+    document["annotations"] = []
+    file.write_text(json.dumps(document))
+    with pytest.raises(InputError, match=r"image 99 \(train_004\.png\) .* is not in the teacher"):
+        tiny_cache.rows_of(CocoDetection(folder, "train"))
+
+
+def test_changed_image_is_named(tiny_cache, data):
+    Image.new("L", (64, 64)).save(data[0] / "images" / "train_003.png")
+    with pytest.raises(InputError, match=r"image 3 is train_003\.png, 64 x 64, \d+ bytes; in the"):
+        tiny_cache.rows_of(CocoDetection(data[0], "train"))
+
+
+def test_other_boxes_are_no_matter(tiny_cache, data):
+    folder, file, document = data
+    document["annotations"] = []
+    file.write_text(json.dumps(document))
+    assert tiny_cache.rows_of(CocoDetection(folder, "train")) == list(range(12))
+
+
+def test_its_own_teacher_is_known_wherever_it_is(tiny_cache, tiny_teacher, tmp_path):
+    tiny_cache.require_teacher(shutil.copytree(tiny_teacher, tmp_path / "moved"))
+
+
+def test_another_teacher_is_refused_by_what_differs(tiny_cache, tiny_teacher, tmp_path):
+    other = shutil.copytree(tiny_teacher, tmp_path / "other")
+    file = other / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"image_mean": [0.5, 0.5, 0.5]}))
+    with pytest.raises(
+        InputError, match=r"teacher than \S*other: other image processor \("
+    ):
+        tiny_cache.require_teacher(other)
+    flip_a_bit(other / "model.safetensors")
+    with pytest.raises(InputError, match=r"other weights, image processor \("):
+        tiny_cache.require_teacher(other)
+
+
+def test_layer_that_is_not_kept_is_refused_by_name(tiny_cache):
+    with pytest.raises(InputError, match=r"'model\.encoder\.layers\.5\.self_attn' is not in the"):
+        tiny_cache.require_layers(["model.encoder.layers.5.self_attn"])
+
+
+def test_skeleton_has_the_backbone_and_the_layers_of_the_teacher(tiny_cache, tiny_teacher):
+    skeleton, _ = load_skeleton(tiny_cache.teacher_folder())
+    teacher, _ = load_detector(tiny_teacher)
+    kept = skeleton.model.backbone.state_dict()
+    for name, tensor in teacher.model.backbone.state_dict().items():
+        assert kept[name].equal(tensor), name
+    assert all(p.is_meta for p in skeleton.model.encoder.parameters())
+    assert dict(skeleton.named_modules()).keys() == dict(teacher.named_modules()).keys()

@@ -1,0 +1,125 @@
+"""A cache is complete or says so, and goes on where its complete shards end."""
+
+import dataclasses
+
+import pytest
+
+from attn_kd.errors import InputError
+from attn_kd.training import TeacherCache
+from attn_kd.training.teacher_cache_writer import write_cache
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+def damage(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.fixture
+def make(tiny_cache, tmp_path):
+    """Writes, or completes, a copy of a cache: 12 images in shards of 5, 5 and 2.
+
+    Returns the cache and the images that it had to compute.
+    """
+
+    def make(stop_at=None, overwrite=False, **changes):
+        computed = []
+
+        def record(index, view):
+            if index == stop_at:
+                raise KeyboardInterrupt
+            computed.append(index)
+            return tiny_cache.read(index, view)
+
+        recipe = dataclasses.replace(tiny_cache.recipe, **changes)
+        files = {"config.json": b"{}"}
+        cache = write_cache(tmp_path / "cache", recipe, files, record, overwrite=overwrite)
+        return cache, computed
+
+    return make
+
+
+def test_shards_hold_a_fixed_number_of_images(make):
+    cache, computed = make()
+    assert computed == list(range(12))
+    assert [len(shard.grids) for shard in cache.shards] == [5, 5, 2]
+    assert {path.name for path in cache.folder.iterdir()} == {
+        "manifest.json",
+        "teacher",
+        *(f"shard-0000{number}.safetensors" for number in range(3)),
+    }
+
+
+def test_interrupted_cache_is_not_taken_for_a_complete_one(make, tmp_path):
+    with pytest.raises(KeyboardInterrupt, match="the same command goes on after 5 of 12 images"):
+        make(stop_at=7)
+    with pytest.raises(InputError, match=r"is no complete teacher cache: it has no manifest\.json"):
+        TeacherCache.open(tmp_path / "cache")
+
+
+def test_interrupted_cache_goes_on_where_complete_shards_end(make, tiny_cache):
+    with pytest.raises(KeyboardInterrupt):
+        make(stop_at=7)
+    cache, computed = make()
+    assert computed == list(range(5, 12))
+    assert contents(cache.folder) == contents(tiny_cache.folder)
+    assert cache.shards == tiny_cache.shards
+
+
+def test_log_line_that_was_cut_short_does_not_count(make, tiny_cache, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        make(stop_at=11)
+    log = tmp_path / "cache" / "shards.jsonl"
+    log.write_text(log.read_text()[:-20])
+    cache, computed = make()
+    assert computed == list(range(5, 12))
+    assert cache.shards == tiny_cache.shards
+
+
+def test_damaged_shard_of_a_complete_cache_is_computed_anew(make, tiny_cache, tmp_path):
+    make()
+    damage(tmp_path / "cache" / "shard-00001.safetensors")
+    cache, computed = make()
+    assert computed == list(range(5, 10))
+    assert contents(cache.folder) == contents(tiny_cache.folder)
+
+
+def test_teacher_elsewhere_is_the_same_teacher(make, tiny_cache):
+    make()
+    moved = dataclasses.replace(tiny_cache.recipe.teacher, folder="/elsewhere")
+    assert make(teacher=moved)[1] == []
+
+
+def test_what_a_killed_run_was_writing_is_removed(make, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        make(stop_at=7)
+    (tmp_path / "cache" / ".shard-00001-0123456789abcdef.safetensors").write_bytes(b"half")
+    cache, _ = make()
+    assert not any(path.name.startswith(".") for path in cache.folder.iterdir())
+
+
+@pytest.mark.parametrize("stop_at", [None, 7], ids=["complete", "interrupted"])
+def test_another_cache_is_replaced_only_when_asked(make, stop_at):
+    try:
+        make(stop_at=stop_at)
+    except KeyboardInterrupt:
+        assert stop_at is not None
+    other = {"images_per_shard": 12, "amp": "bf16"}
+    with pytest.raises(InputError, match="another teacher cache: amp is 'bf16', it was 'none'"):
+        make(**other)
+    cache, computed = make(**other, overwrite=True)
+    assert computed == list(range(12))
+    assert set(contents(cache.folder)) == {"shard-00000.safetensors"}
+    cache.verify()
+
+
+def test_folder_of_something_else_is_left_alone(make, tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "thesis.tex").touch()
+    with pytest.raises(InputError, match="is not empty and holds no teacher cache"):
+        make(overwrite=True)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["thesis.tex"]
