@@ -1,8 +1,10 @@
 """Train a student with a teacher's attention (Rubin et al. 2021, eq. 3).
 
 The student starts from the teacher's backbone and learns from (1 - alpha) times its detection loss
-and alpha times the divergence of its last encoder layer's attention from the teacher's. With
---alpha 0 it learns from the detection loss alone and the divergence is only measured: the baseline.
+and alpha times the divergence of its attention maps from the teacher's: that of the last encoder
+layer, unless told otherwise. With --alpha 0 it learns from the detection loss alone and the
+divergence is only measured: the baseline.
+With --teacher-cache the teacher does not run, and need not be there (see attn-kd cache-teacher).
 --out becomes a model folder, as that of `attn-kd train`.
 """
 
@@ -12,7 +14,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from attn_kd.cli._arguments import fraction, non_negative_float, positive_float
+from attn_kd.cli._arguments import fraction, non_negative_float, positive_float, whole_number
 from attn_kd.cli._training import (
     MODEL_OPTIONS,
     Option,
@@ -22,7 +24,11 @@ from attn_kd.cli._training import (
     finish,
     run_options,
 )
+from attn_kd.distill.alignment import ALIGNMENTS
+from attn_kd.distill.layers import KINDS, SELECTIONS
 from attn_kd.errors import InputError
+from attn_kd.ops.checks import DIVERGENCES
+from attn_kd.training.config import HEAD_REDUCTIONS
 from attn_kd.training.records import RECORD_FILE, RunRecord
 
 _DISTILLATION_OPTIONS = (
@@ -41,6 +47,57 @@ _DISTILLATION_OPTIONS = (
         value=False,
     ),
 )
+_ATTENTION_OPTIONS = (
+    Option(
+        "--layers",
+        "layers",
+        "last: the last layer learns from the teacher's last (default, the paper); all: every "
+        "layer learns from a teacher layer of like depth",
+        str,
+        SELECTIONS,
+    ),
+    Option(
+        "--layer-kinds",
+        "layer_kinds",
+        "kinds of layers: encoder_self, attention between positions of the image (default, the "
+        "paper); decoder_self, between object queries; decoder_cross, from those to the image",
+        str,
+        KINDS,
+        several="KIND",
+    ),
+    Option(
+        "--divergence",
+        "divergence",
+        "of two maps: reverse_kl, KL(student || teacher) (default, the paper); forward_kl, "
+        "KL(teacher || student); js, Jensen-Shannon; mse, squared differences",
+        str,
+        DIVERGENCES,
+    ),
+    Option(
+        "--head-reduction",
+        "head_reduction",
+        "none: head by head (default); mean: maps averaged over heads, whose numbers may differ",
+        str,
+        HEAD_REDUCTIONS,
+    ),
+    Option(
+        "--head-map",
+        "head_map",
+        "the teacher's head, from 0, that each of the student's learns from, such as 0 2 4 6 "
+        "(default: the one of its own number)",
+        whole_number,
+        several="N",
+    ),
+    Option(
+        "--alignment",
+        "alignment",
+        "for a teacher whose grid of image positions is another: resample interpolates its queries "
+        "and keys; group adds up its attention over each position of the student's grid, which "
+        "must divide the teacher's (default: none, the grids are the same)",
+        str,
+        ALIGNMENTS,
+    ),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,36 +108,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="model folder of the teacher (with --resume: default the one it was begun with)",
     )
     parser.add_argument(
+        "--teacher-cache",
+        type=Path,
+        metavar="DIR",
+        help="what attn-kd cache-teacher has kept of it; --teacher, if given too, must match",
+    )
+    parser.add_argument(
         "--preset", metavar="NAME", help="size of detector (default: the teacher's)"
     )
     add_options(parser, "model (default: one encoder and one decoder layer)", MODEL_OPTIONS)
     add_options(parser, "distillation", _DISTILLATION_OPTIONS)
+    add_options(parser, "which attention maps are compared, and how", _ATTENTION_OPTIONS)
     add_training_arguments(parser, "student")
 
 
 def run(args: argparse.Namespace) -> int:
-    teacher = args.teacher or _recorded_teacher(args)
-    config = configuration(args, **_student_of(teacher))
+    teacher, cache = _teacher(args)
+    config = configuration(args, **_student_of(teacher, cache))
     from attn_kd.training import distill_detector
 
-    options = run_options(args, title="")
+    options = {**run_options(args, title=""), "teacher_cache": cache}
     return finish(lambda: distill_detector(config, teacher, args.data, args.out, **options))
 
 
-def _recorded_teacher(args: argparse.Namespace) -> Path:
-    """The teacher that an interrupted training was begun with."""
+def _teacher(args: argparse.Namespace) -> tuple[Path | None, Path | None]:
+    """The teacher's folder and its cache: as given, else those of the interrupted training."""
+    if args.teacher is not None or args.teacher_cache is not None:
+        return args.teacher, args.teacher_cache
     if not args.resume:
-        raise InputError("--teacher is missing; expected the model folder of a trained detector")
-    teacher = RunRecord.load(args.out / RECORD_FILE).teacher
-    if teacher is None:
+        raise InputError(
+            "--teacher is missing; expected the model folder of a trained detector, or its "
+            "--teacher-cache"
+        )
+    record = RunRecord.load(args.out / RECORD_FILE)
+    if record.teacher is None:
         raise InputError(f"{args.out} was trained without a teacher; resume it with attn-kd train")
-    return Path(teacher.folder)
+    if record.teacher_cache is not None:
+        return None, Path(record.teacher_cache.folder)
+    return Path(record.teacher.folder), None
 
 
-def _student_of(teacher: Path) -> dict[str, Any]:
+def _student_of(teacher: Path | None, cache: Path | None) -> dict[str, Any]:
     """Settings that a student has from its teacher, if that was trained here."""
     student: dict[str, Any] = {"encoder_layers": 1, "decoder_layers": 1}
-    if (teacher / RECORD_FILE).is_file():
-        settings = RunRecord.load(teacher / RECORD_FILE).config
-        student["preset"] = settings.preset
+    for folder in (teacher, cache and cache / "teacher"):
+        if folder is not None and (folder / RECORD_FILE).is_file():
+            student["preset"] = RunRecord.load(folder / RECORD_FILE).config.preset
+            break
     return student

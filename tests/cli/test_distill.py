@@ -10,6 +10,7 @@ pytest.importorskip("transformers")
 
 from attn_kd.cli import main
 from attn_kd.models import load_detector
+from attn_kd.training import TrainingConfig
 from tests.tiny_data import write_tiny_data
 
 SHORT = ["--steps", "2", "--batch-size", "4", "--log-steps", "1", "--device", "cpu", "-q"]
@@ -52,6 +53,27 @@ def test_layers_and_alpha_are_arguments(teacher, data, tmp_path):
     assert entry["loss"] == pytest.approx(mixed, rel=1e-5)
 
 
+def test_what_is_compared_and_how_are_arguments(teacher, data, tmp_path):
+    plain, other = tmp_path / "plain", tmp_path / "other"
+    size = ["--encoder-layers", "2", "--decoder-layers", "2"]
+    assert distill(teacher, data, plain, *size) == 0
+    options = ["--layers", "all", "--layer-kinds", "encoder_self", "decoder_cross"]
+    options += ["--divergence", "forward_kl", "--head-map", "3", "2", "1", "0"]
+    assert distill(teacher, data, other, *size, *options, "--alignment", "resample") == 0
+    record = json.loads((other / "training.json").read_text())
+    config = TrainingConfig.from_dict(record["config"])
+    assert config.distiller_options == {
+        "layers": "all",
+        "kinds": ("encoder_self", "decoder_cross"),
+        "divergence": "forward_kl",
+        "head_reduction": "none",
+        "head_map": (3, 2, 1, 0),
+        "alignment": "resample",
+    }
+    first = [json.loads((out / "history.json").read_text())[0] for out in (plain, other)]
+    assert first[0]["attention_kl"] != pytest.approx(first[1]["attention_kl"], rel=1e-3)
+
+
 def test_features_are_cached_in_a_folder_that_serves_the_next_run(teacher, data, tmp_path):
     options = ["--freeze-backbone", "--cache-features", "--feature-dir", str(tmp_path / "features")]
     assert distill(teacher, data, tmp_path / "distilled", *options) == 0
@@ -69,8 +91,9 @@ def test_features_are_cached_in_a_folder_that_serves_the_next_run(teacher, data,
         ([], "--teacher is missing"),
         (["--teacher", "nowhere"], "nowhere is not a model folder"),
         (["--alpha", "1.5"], "expected a number from 0 to 1"),
+        (["--layer-kinds", "encoder"], "invalid choice: 'encoder'"),
     ],
-    ids=["no teacher", "no such teacher", "alpha"],
+    ids=["no teacher", "no such teacher", "alpha", "kind"],
 )
 def test_bad_input_is_one_line(data, tmp_path, capsys, arguments, message):
     out = str(tmp_path / "out")
@@ -81,3 +104,22 @@ def test_bad_input_is_one_line(data, tmp_path, capsys, arguments, message):
     assert code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--head-map", "0", "1", "2", "9"], "names head 9"),
+        (["--head-map", "0", "--head-reduction", "mean"], "averages heads"),
+        (["--layer-kinds", "decoder_self", "decoder_self"], "each once"),
+    ],
+    ids=["head", "averaged", "kinds"],
+)
+def test_what_cannot_be_compared_is_said_before_anything_is_written(
+    teacher, data, tmp_path, capsys, arguments, message
+):
+    out = tmp_path / "out"
+    assert distill(teacher, data, out, *arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not out.exists()
