@@ -128,9 +128,7 @@ def test_another_teacher_is_refused_by_what_differs(tiny_cache, tiny_teacher, tm
     other = shutil.copytree(tiny_teacher, tmp_path / "other")
     file = other / "preprocessor_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"image_mean": [0.5, 0.5, 0.5]}))
-    with pytest.raises(
-        InputError, match=r"teacher than \S*other: other image processor \("
-    ):
+    with pytest.raises(InputError, match=r"teacher than \S*other: other image processor \("):
         tiny_cache.require_teacher(other)
     flip_a_bit(other / "model.safetensors")
     with pytest.raises(InputError, match=r"other weights, image processor \("):
