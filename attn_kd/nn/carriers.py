@@ -59,12 +59,13 @@ def carried_attention(
 
 def carried_tap(module: nn.Module) -> Tap | None:
     """Return the tap that `module` carries now, if any."""
-    return getattr(module, _TAP, None)
+    return vars(module).get(_TAP)  # quicker than getattr, with which nn.Module searches further
 
 
 def carries_tap(module: nn.Module) -> bool:
     """Whether `module` must compute by `carried_attention` now: it has a tap or a reservation."""
-    return hasattr(module, _TAP) or hasattr(module, _RESERVATIONS)
+    state = vars(module)
+    return _TAP in state or _RESERVATIONS in state
 
 
 @contextmanager
@@ -83,8 +84,8 @@ def carried_taps(entries: Iterable[tuple[nn.Module, Tap]]) -> Iterator[None]:
         for (module, _), before in zip(reversed(pairs), reversed(previous), strict=True):
             if before is not None:
                 setattr(module, _TAP, before)
-            elif hasattr(module, _TAP):
-                delattr(module, _TAP)
+            else:
+                vars(module).pop(_TAP, None)
 
 
 class TapReservation:
@@ -99,12 +100,13 @@ class TapReservation:
 
     A reservation must last from before the forward pass until after the last backward pass.
     Without the compiled kernels, what stays in memory is all that the reference backend saves,
-    attention maps included. Under `torch.compile`, which recomputes by itself, nothing changes.
+    attention maps included. `torch.compile` breaks the graph at a checkpointed layer that carries
+    a tap, and refuses it with ``fullgraph=True``: a tap keeps its divergence beside the output.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        setattr(module, _RESERVATIONS, getattr(module, _RESERVATIONS, 0) + 1)
+        setattr(module, _RESERVATIONS, vars(module).get(_RESERVATIONS, 0) + 1)
 
     def undo(self) -> None:
         """Let the layer go."""
@@ -127,7 +129,7 @@ def is_self_attention_name(path: str) -> bool:
 
 def _saved_out_of_reach(module: nn.Module) -> AbstractContextManager[Any]:
     """Keep what is saved for backward from checkpointing, if `module` is reserved."""
-    if not hasattr(module, _RESERVATIONS) or torch.compiler.is_compiling():
+    if _RESERVATIONS not in vars(module) or torch.compiler.is_compiling():
         return nullcontext()
     # Detached: a saved output that knew its graph would keep the graph, and so itself, alive.
     return saved_tensors_hooks(Tensor.detach, _as_it_is)

@@ -242,6 +242,15 @@ def test_compiled_student_is_one_graph_and_is_compiled_once(attention, teacher):
     torch.testing.assert_close(actual, gradients(block, teacher, unwrapped))
 
 
+def test_checkpointed_student_compiled_with_graph_breaks(attention, teacher):
+    torch._dynamo.reset()
+    block = Block(attention)
+    compiled = torch.compile(Checkpointed(block), backend="eager")
+    TapReservation(attention)
+    actual = gradients(block, teacher, lambda _: compiled)
+    torch.testing.assert_close(actual, gradients(block, teacher, unwrapped))
+
+
 def test_replica_of_distributed_data_parallel(attention, teacher, tmp_path):
     block = Block(attention)
     expected = gradients(block, teacher, unwrapped)

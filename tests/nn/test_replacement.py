@@ -10,7 +10,7 @@ from torch import nn
 
 import attn_kd.nn
 from attn_kd.nn import replace_multihead_attention, restore_multihead_attention
-from tests.nn.layers import EMBED, HEADS, Listener, padding, self_tokens
+from tests.nn.layers import EMBED, HEADS, Listener, cross_tokens, padding, self_tokens
 from tests.plain_detr import plain_batch, plain_detr
 
 PATHS = [
@@ -117,3 +117,20 @@ def test_encoder_of_torch_that_is_there_already():
         torch.testing.assert_close(actual[~mask], expected[~mask])
         restore_multihead_attention(encoder)
         assert torch.equal(encoder(x, src_key_padding_mask=mask), expected)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("batch_first", [False, True], ids=["length-first", "batch-first"])
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning")
+def test_whole_transformer_of_torch(batch_first, training):
+    options = {"dropout": 0.0, "batch_first": batch_first, "dtype": torch.float64}
+    model = nn.Transformer(EMBED, HEADS, 2, 2, 32, **options).train(training)
+    tokens = cross_tokens(batch_first=batch_first)
+    arguments = {
+        "src_key_padding_mask": padding(),
+        "memory_key_padding_mask": padding(),
+        "tgt_mask": nn.Transformer.generate_square_subsequent_mask(5, dtype=torch.float64),
+    }
+    expected = model(tokens.key, tokens.query, **arguments)
+    assert len(replace_multihead_attention(model)) == 2 + 2 * 2
+    torch.testing.assert_close(model(tokens.key, tokens.query, **arguments), expected)
