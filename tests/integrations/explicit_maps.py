@@ -18,13 +18,15 @@ from transformers.masking_utils import eager_mask
 from attn_kd.integrations.attention_modules import attention_modules
 
 _NAME = "explicit_maps"
+HIDDEN = -1e30
 
 
 @contextmanager
 def explicit_maps(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Make `model` compute explicit attention; yield its maps [B, H, Lq, Lk] by path, filled in.
+    """Make `model` compute explicit attention; yield the logs of its maps by path, filled in.
 
-    Every step has the dtype of the model, and gradients flow through the maps.
+    Maps are [B, H, Lq, Lk], every step has the dtype of the model, and gradients flow through
+    them. What a mask hides is below `HIDDEN`.
     """
     maps: dict[str, Tensor] = {}
     paths = {module: path for path, module in attention_modules(model).items()}
@@ -42,8 +44,8 @@ def explicit_maps(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         logits = scale * query @ key.transpose(-1, -2)
         if attention_mask is not None:
             logits = logits + attention_mask
-        attention_map = maps[paths[module]] = logits.softmax(-1)
-        return (attention_map @ value).transpose(1, 2), attention_map
+        log_map = maps[paths[module]] = logits.log_softmax(-1)
+        return (log_map.exp() @ value).transpose(1, 2), log_map.exp()
 
     AttentionInterface.register(_NAME, attend)
     AttentionMaskInterface.register(_NAME, eager_mask)
@@ -71,19 +73,16 @@ def use(model: nn.Module, implementation: str) -> nn.Module:
 
 
 def divergence(
-    student_map: Tensor,  # [B, H, Lq, Lk]
-    teacher_map: Tensor,  # [B, H, Lq, Lk]
+    student_log_map: Tensor,  # [B, H, Lq, Lk]
+    teacher_log_map: Tensor,  # [B, H, Lq, Lk]
     *,
     self_attention: bool,
 ) -> Tensor:
     """Return the mean KL(student || teacher) over heads and the rows that are not padding.
 
-    Padding is what no row attends to; in self-attention it has rows of its own.
+    Padding is what no row may attend to; in self-attention it has rows of its own.
     """
-    a, b = student_map, teacher_map.detach()
-    visible = a > 0
-    ratio = torch.where(visible, a, 1) / torch.where(visible, b, 1)
-    kl = (a * ratio.log()).sum(-1).mean(1)  # [B, Lq]
-    if not self_attention:
-        return kl.mean()
-    return kl[visible.any(-2).all(1)].mean()
+    visible = student_log_map > HIDDEN
+    log_ratio = torch.where(visible, student_log_map - teacher_log_map.detach(), 0)
+    kl = (student_log_map.exp() * log_ratio).sum(-1).mean(1)  # [B, Lq]
+    return kl[visible.any(-2).all(1)].mean() if self_attention else kl.mean()
