@@ -173,11 +173,17 @@ def unwrapped(block):
     return block
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["no-dropout", "dropout"])
 @pytest.mark.parametrize("need_weights", [False, True], ids=["output", "output+map"])
-def test_checkpointed_passes_recompute_with_their_own_divergence(attention, teacher, need_weights):
+def test_checkpointed_passes_recompute_with_their_own_divergence(
+    attention, teacher, need_weights, dropout
+):
+    attention.dropout = dropout
     block = Block(attention, need_weights)
+    torch.manual_seed(5)
     expected = gradients(block, teacher, unwrapped)
     reservation = TapReservation(attention)
+    torch.manual_seed(5)
     actual = gradients(block, teacher, Checkpointed)
     reservation.undo()
     torch.testing.assert_close(actual, expected)
