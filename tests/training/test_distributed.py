@@ -18,10 +18,17 @@ pytestmark = [
 ]
 
 
-def test_two_processes_follow_the_course_of_one(tiny_data, tiny_teacher, tmp_path):
+@pytest.mark.parametrize("cached", [False, True], ids=["live teacher", "teacher cache"])
+def test_two_processes_follow_the_course_of_one(
+    tiny_data, tiny_teacher, tiny_cache, tmp_path, cached
+):
     # With alpha 1 the loss is the divergence, a mean over images; DETR's own loss is normalised by
     # the boxes of each process's share.
-    options = ["distill", "--teacher", str(tiny_teacher), "--data", str(tiny_data), "-q"]
+    options = ["distill", "--data", str(tiny_data), "-q"]
+    if cached:
+        options += ["--teacher-cache", str(tiny_cache.folder), "--no-augment"]
+    else:
+        options += ["--teacher", str(tiny_teacher)]
     options += ["--steps", "4", "--log-steps", "1", "--alpha", "1", "--lr", "1e-3"]
     options += ["--amp", "none", "--freeze-backbone", "--device", "cpu"]
     alone, together = tmp_path / "alone", tmp_path / "together"
