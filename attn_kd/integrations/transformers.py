@@ -86,7 +86,15 @@ def attention_forward(
     groups = getattr(module, "num_key_value_groups", 1)
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     attend = partial(carried_attention, module) if tap is None else tap.attend
-    output = attend(query, key, value, attn_mask=attention_mask, scale=scaling, dropout_p=dropout)
+    try:
+        output = attend(
+            query, key, value, attn_mask=attention_mask, scale=scaling, dropout_p=dropout
+        )
+    except InputError as error:
+        hint = _training_only_queries(module, attention_mask)
+        if hint is None:
+            raise
+        raise InputError(f"{error}; {hint}") from error
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -156,6 +164,30 @@ def _check_supported(
     for argument in _UNSUPPORTED_ARGUMENTS:
         if arguments.get(argument) is not None:
             raise NotImplementedError(f"{name} passes {argument}, which attn_kd does not have")
+
+
+def _training_only_queries(module: nn.Module, mask: Tensor | None) -> str | None:
+    """Return what sets a decoder's object queries in training apart from a teacher's, if anything.
+
+    Both are settings of a configuration: Group DETR's of RF-DETR and LW-DETR, and the denoising of
+    RT-DETR and D-FINE, which has a mask where the family has none otherwise.
+    """
+    config = getattr(module, "config", None)
+    groups = getattr(config, "group_detr", 1)
+    denoising = getattr(config, "num_denoising", 0)
+    if not module.training:
+        return None
+    if groups > 1:
+        return (
+            f"in training, group_detr={groups} groups of queries run as images of their own; "
+            "distil this layer with group_detr=1 in the student's configuration"
+        )
+    if denoising > 0 and mask is not None:
+        return (
+            f"in training with labels, num_denoising={denoising} adds queries to the student's; "
+            "distil this layer with num_denoising=0 in the student's configuration"
+        )
+    return None
 
 
 class SwitchedImplementation:

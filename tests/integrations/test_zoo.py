@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from attn_kd import AttentionDistiller
 from attn_kd.distill.layers import pair_layers
+from attn_kd.errors import InputError
 from attn_kd.integrations.attention_modules import attention_modules
 from attn_kd.integrations.transformers import register
 from tests.integrations.explicit_maps import divergence, explicit_maps, use
@@ -145,3 +146,39 @@ def test_distillation_step_is_that_of_eager_maps(family: Family, kind: str):
     for ours, theirs, exact, roundings in zip(fused, eager, truth, (32, 8), strict=True):
         error, bar = ((x.double() - exact).norm() for x in (ours, theirs))
         assert error <= 2 * bar + roundings * torch.finfo(torch.float32).eps * exact.norm()
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "message"),
+    [
+        ("rf-detr", {"group_detr": 3}, r"group_detr=3 groups.*with group_detr=1"),
+        ("lw-detr", {"group_detr": 3}, r"group_detr=3 groups.*with group_detr=1"),
+        ("rt-detr", {}, r"num_denoising=4 adds queries.*with num_denoising=0"),
+        ("d-fine", {}, r"num_denoising=4 adds queries.*with num_denoising=0"),
+    ],
+)
+def test_queries_that_only_training_has_are_named(name: str, setting: dict, message: str):
+    family = FAMILIES[name]
+    student, teacher = family.build(seed=1, **setting), family.build(seed=2)
+    student.train()
+    with (
+        AttentionDistiller(teacher, student, kinds=["decoder_self"]) as distiller,
+        pytest.raises(InputError, match=message),
+    ):
+        distiller(**family.batch(labels=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [("rf-detr", {"group_detr": 3}), ("rt-detr", {})],
+    ids=["rf-detr", "rt-detr"],
+)
+def test_encoder_is_distilled_in_training_with_labels_all_the_same(name: str, setting: dict):
+    family = FAMILIES[name]
+    student, teacher = family.build(seed=1, **setting), family.build(seed=2)
+    student.train()
+    with AttentionDistiller(teacher, student) as distiller:
+        result = distiller(**family.batch(labels=True))
+        (result.student.loss + result.attention_kl).backward()
+    assert result.attention_kl > 0.01
+    assert all(p.grad is None or p.grad.isfinite().all() for p in student.parameters())

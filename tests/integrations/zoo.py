@@ -39,12 +39,17 @@ class Family:
     loss_dtype: torch.dtype = torch.float64
     deformable: dict[str, str] = field(default_factory=dict)
 
-    def build(self, *, seed: int, layers: int = 2, width: int = 32) -> nn.Module:
-        """Return a model in evaluation mode whose attention maps are far from uniform."""
+    def build(self, *, seed: int, layers: int = 2, width: int = 32, **settings: Any) -> nn.Module:
+        """Return a model in evaluation mode whose attention maps are far from uniform.
+
+        `settings` override those of its configuration.
+        """
         if not hasattr(transformers, self.model_class):
             pytest.skip(f"transformers {transformers.__version__} has no {self.model_class}")
         torch.manual_seed(seed)
-        model = getattr(transformers, self.model_class)(self.config(layers, width))
+        config = self.config(layers, width)
+        config.update(settings)
+        model = getattr(transformers, self.model_class)(config)
         _redraw(model)
         _settle_batch_norms(model, self.batch())
         return model.eval().requires_grad_(True)  # transformers freezes part of some backbones
