@@ -1,31 +1,23 @@
-"""How forward and backward scale with threads, with eight heads and with a single one."""
+"""How forward and backward scale with threads, and whether it matters how the work is split."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from functools import partial
 
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.peers import CANDIDATES, forward_backward
+from bench.peers import CANDIDATES, PASSES, forward_backward
 from bench.rounds import measure_in_turn
-from bench.workloads import SHAPES, make_workload
+from bench.workloads import SHAPES, Shape, make_workload
 
 CORES = os.cpu_count() or 1
 THREADS = sorted({1, *(n for n in (2, 4, 8, 16, 32, 64) if n < CORES), CORES})
 WORKLOADS = {"dc5": SHAPES["dc5"], "dc5, one head": SHAPES["dc5"]._replace(H=1)}
-
-
-@pytest.fixture
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    """That many threads of torch, for the test."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+# As many logits, so as much arithmetic, in 64 maps and in one.
+SPLITS = {"": Shape(8, 8, 1064, 1064, 32), ", one head": Shape(1, 1, 8512, 8512, 32)}
 
 
 @pytest.mark.parametrize("threads", THREADS, indirect=True)
@@ -36,11 +28,23 @@ def test_threads(benchmark: BenchmarkFixture, budget: float, shape_name: str, th
         name: partial(forward_backward, CANDIDATES[name], workload) for name in ("sdpa", "attn_kd")
     }
     benchmark.extra_info.update(
-        kind="threads",
-        shape=shape_name,
-        dtype="float32",
+        {"kind": "threads", "shape": shape_name, "pass": "forward+backward", "dtype": "float32"},
         threads=threads,
         sizes=WORKLOADS[shape_name]._asdict(),
     )
-    benchmark.extra_info["pass"] = "forward+backward"
     measure_in_turn(benchmark, functions, budget=budget / 2)
+
+
+@pytest.mark.parametrize("pass_name", PASSES)
+def test_split(benchmark: BenchmarkFixture, budget: float, pass_name: str) -> None:
+    """Equal work as B·H = 64 and as B·H = 1: a kernel that only splits over heads has one task."""
+    functions = {}
+    for suffix, shape in SPLITS.items():
+        workload = make_workload(shape, torch.float32)
+        for name in ("sdpa", "attn_kd"):
+            functions[name + suffix] = partial(PASSES[pass_name], CANDIDATES[name], workload)
+    benchmark.extra_info.update(
+        {"kind": "split", "shape": "64-heads", "pass": pass_name, "dtype": "float32"},
+        sizes=SPLITS[""]._asdict(),
+    )
+    measure_in_turn(benchmark, functions, budget=budget)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,13 +15,12 @@ from attn_kd.ops import extension
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("attn_kd benchmarks")
-    group.addoption("--slow", action="store_true", help="the video shape too")
     group.addoption(
         "--budget",
         type=float,
         default=6.0,
         metavar="SECONDS",
-        help="time for the rounds of one measurement (default: 6); five rounds at the least",
+        help="time for the rounds of one measurement (default: 6); three rounds at the least",
     )
     group.addoption("--threads", type=int, default=None, help="threads of torch (default: its own)")
 
@@ -28,14 +28,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--threads") is not None:
         torch.set_num_threads(config.getoption("--threads"))
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--slow"):
-        return
-    for item in items:
-        if item.get_closest_marker("slow"):
-            item.add_marker(pytest.mark.skip(reason="only with --slow"))
 
 
 def pytest_benchmark_update_machine_info(
@@ -59,3 +51,12 @@ def pytest_benchmark_update_machine_info(
 def budget(request: pytest.FixtureRequest) -> float:
     """Seconds for the rounds of one measurement."""
     return request.config.getoption("--budget")
+
+
+@pytest.fixture
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """That many threads of torch, for the test; parametrized indirectly."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)

@@ -9,54 +9,69 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SUBJECT = "attn_kd"  # the candidate that pytest-benchmark times itself; see rounds.py
+from bench.rounds import SUBJECT, YARDSTICK
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Times of all candidates on one shape, pass and dtype, from interleaved rounds."""
+    """Times of all candidates in one measurement, from interleaved rounds."""
 
-    shape: str
+    kind: str  # "time", "grid", "latency", "overhead", "modes", "threads", "split", "training", ...
+    shape: str  # or the setting of a whole detector
     pass_name: str
     dtype: str
-    sizes: dict[str, int]
-    seconds: dict[str, list[float]]  # candidate -> one time per round
+    sizes: dict[str, Any]
+    seconds: dict[str, list[float]]  # candidate -> one time of one call per round it took part in
     errors: dict[str, dict[str, float]]  # candidate -> quantity -> relative error
     threads: int | None = None  # where it is not the run's own number
-
-    @property
-    def key(self) -> tuple[str, str, str]:
-        """As in targets.py."""
-        return self.dtype, self.pass_name, self.shape
 
     def median(self, candidate: str) -> float:
         """Seconds."""
         return statistics.median(self.seconds[candidate])
 
-    def spread(self, candidate: str) -> float:
-        """Interquartile range, in seconds."""
+    def spread(self, candidate: str) -> float | None:
+        """Interquartile range, in seconds; None after a single round."""
+        if len(self.seconds[candidate]) < 2:
+            return None
         first, _, third = statistics.quantiles(self.seconds[candidate], n=4, method="inclusive")
         return third - first
 
     def ratio(self, peer: str, candidate: str = SUBJECT) -> float | None:
-        """Median of the candidate over that of the peer; None where the peer did not run."""
+        """Median of the candidate over that of the peer; None where one of them did not run."""
         if not {peer, candidate} <= self.seconds.keys():
             return None
         return self.median(candidate) / self.median(peer)
 
+    def arithmetic(self, candidate: str) -> float:
+        """Seconds of one head's arithmetic, from a call with `sizes["heads"]` heads beside one."""
+        heads = self.sizes["heads"]
+        difference = self.median(f"{candidate}, {heads} heads") - self.median(candidate)
+        return difference / (heads - 1)
+
+    def overhead(self, candidate: str) -> float:
+        """Seconds of a call with one head beyond its arithmetic."""
+        return self.median(candidate) - self.arithmetic(candidate)
+
 
 @dataclass(frozen=True)
 class Memory:
-    """Peak memory of forward and backward, beyond the inputs."""
+    """Peak memory of some work, beyond its inputs."""
 
+    kind: str  # "memory" of an attention layer, or "training memory"
     shape: str
-    sizes: dict[str, int]
+    sizes: dict[str, Any]
     peak_bytes: dict[str, list[int]]  # candidate -> one figure per process
-    map_bytes: int  # of one stored map of all heads
+    map_bytes: int | None = None  # of one stored map of all heads of the layer
 
     def median(self, candidate: str) -> float:
         """Bytes."""
         return statistics.median(self.peak_bytes[candidate])
+
+    def beyond_sdpa(self, candidate: str = SUBJECT) -> float | None:
+        """Peak memory more than that of `sdpa`, in stored maps; None where one is missing."""
+        if self.map_bytes is None or not {candidate, YARDSTICK} <= self.peak_bytes.keys():
+            return None
+        return (self.median(candidate) - self.median(YARDSTICK)) / self.map_bytes
 
 
 @dataclass(frozen=True)
@@ -68,14 +83,18 @@ class Run:
     date: str
     timings: list[Timing]
     memory: list[Memory]
-    threads: list[Timing]
 
-    def of_dtype(self, dtype: str) -> list[Timing]:
-        return [timing for timing in self.timings if timing.dtype == dtype]
+    def of(self, kind: str, dtype: str | None = None) -> list[Timing]:
+        """The timings of a kind, and of a dtype if one is given."""
+        return [t for t in self.timings if t.kind == kind and dtype in (None, t.dtype)]
+
+    def memory_of(self, kind: str) -> list[Memory]:
+        return [memory for memory in self.memory if memory.kind == kind]
 
     @property
     def dtypes(self) -> list[str]:
-        return list(dict.fromkeys(timing.dtype for timing in self.timings))
+        """Of the timings of one layer."""
+        return list(dict.fromkeys(timing.dtype for timing in self.of("time")))
 
 
 def candidates_of(timings: Iterable[Timing]) -> list[str]:
@@ -96,9 +115,8 @@ def read_run(path: Path) -> Run:
             machine=content["machine_info"],
             commit=content["commit_info"],
             date=content["datetime"],
-            timings=[_timing(b) for b in _of_kind(benchmarks, "time")],
-            memory=[_memory(b["extra_info"]) for b in _of_kind(benchmarks, "memory")],
-            threads=[_timing(b) for b in _of_kind(benchmarks, "threads")],
+            timings=[_timing(b) for b in benchmarks if "peers" in b["extra_info"]],
+            memory=[_memory(b["extra_info"]) for b in benchmarks if _is_memory(b["extra_info"])],
         )
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(
@@ -106,25 +124,28 @@ def read_run(path: Path) -> Run:
         ) from error
 
 
-def _of_kind(benchmarks: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
-    return [benchmark for benchmark in benchmarks if benchmark["extra_info"]["kind"] == kind]
-
-
 def _timing(benchmark: dict[str, Any]) -> Timing:
     info = benchmark["extra_info"]
-    peers = dict(info["peers"])
-    # sdpa, the yardstick, comes first in every table; then attn_kd.
-    seconds = {"sdpa": peers.pop("sdpa"), SUBJECT: benchmark["stats"]["data"], **peers}
+    times = {SUBJECT: benchmark["stats"]["data"], **info["peers"]}
+    first = [name for name in (YARDSTICK, SUBJECT) if name in times]  # in every table
+    ordered = [*first, *(name for name in times if name not in first)]
     return Timing(
+        kind=info["kind"],
         shape=info["shape"],
         pass_name=info["pass"],
         dtype=info["dtype"],
         sizes=info["sizes"],
-        seconds=seconds,
+        seconds={name: [time / info["calls"] for time in times[name]] for name in ordered},
         errors=info.get("errors", {}),
         threads=info.get("threads"),
     )
 
 
+def _is_memory(info: dict[str, Any]) -> bool:
+    return "peak_bytes" in info
+
+
 def _memory(info: dict[str, Any]) -> Memory:
-    return Memory(info["shape"], info["sizes"], info["peak_bytes"], info["map_bytes"])
+    return Memory(
+        info["kind"], info["shape"], info["sizes"], info["peak_bytes"], info.get("map_bytes")
+    )

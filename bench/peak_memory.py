@@ -1,8 +1,9 @@
-"""Peak memory of one candidate's forward and backward, in a process of its own.
+"""Peak memory of a piece of work, in a process of its own.
 
 The figure is the growth of the process's resident set from the moment the inputs exist: what a
 user's machine would need on top of them, the allocator's and the threads' scratch space included.
-``python -m bench.peak_memory CANDIDATE SHAPE THREADS`` prints it in bytes. Linux only.
+Linux only. ``python -m bench.peak_memory THREADS CANDIDATE B H Lq Lk D`` prints it, in bytes, of
+one candidate's forward and backward.
 """
 
 from __future__ import annotations
@@ -10,38 +11,49 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from bench.peers import CANDIDATES, forward_backward
-from bench.workloads import SHAPES, Shape, make_workload
+from bench.workloads import Shape, make_workload
 
 STATUS = Path("/proc/self/status")
 RESET_PEAK = "5"  # proc(5), /proc/pid/clear_refs
 
 
-def peak_bytes_in_subprocess(candidate: str, shape: str, threads: int) -> int:
-    """The growth of a fresh process's peak resident set over one forward and backward."""
-    command = [sys.executable, "-m", "bench.peak_memory", candidate, shape, str(threads)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+def peak_bytes_in_subprocess(module: str, *arguments: object) -> int:
+    """What ``python -m MODULE THREADS ARGUMENTS`` prints, with this process's number of threads."""
+    words = [str(argument) for argument in (torch.get_num_threads(), *arguments)]
+    done = subprocess.run(
+        [sys.executable, "-m", module, *words], check=True, stdout=subprocess.PIPE, text=True
+    )
     return int(done.stdout)
 
 
-def growth_of_peak(candidate: str, shape: str) -> int:
-    """Bytes by which one forward and backward raises this process's peak resident set."""
-    run = CANDIDATES[candidate]
-    small = Shape(B=1, H=1, Lq=8, Lk=8, D=SHAPES[shape].D)
-    forward_backward(run, make_workload(small, torch.float32))  # loads what is lazy
-    workload = make_workload(SHAPES[shape], torch.float32)
+def growth_of_peak(work: Callable[[], object]) -> int:
+    """Bytes by which the work, its result included, raises this process's peak resident set.
+
+    The caller has done some such work before, smaller: it loads what is loaded when first used.
+    """
     # What making the inputs has used must neither count nor be at hand for reuse.
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text(RESET_PEAK)
     before = _status_bytes("VmRSS")
-    gradients = forward_backward(run, workload)
+    result = work()
     after = _status_bytes("VmHWM")
-    del gradients  # alive until here: they belong to the peak
+    del result  # alive until here: gradients belong to the peak
     return after - before
+
+
+def of_candidate(candidate: str, shape: Shape) -> int:
+    """Growth of the peak by one candidate's forward and backward, float32."""
+    run = CANDIDATES[candidate]
+    small = Shape(B=1, H=1, Lq=8, Lk=8, D=shape.D)
+    forward_backward(run, make_workload(small, torch.float32))
+    workload = make_workload(shape, torch.float32)
+    return growth_of_peak(lambda: forward_backward(run, workload))
 
 
 def _status_bytes(field: str) -> int:
@@ -54,5 +66,5 @@ def _status_bytes(field: str) -> int:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(int(sys.argv[3]))
-    print(growth_of_peak(sys.argv[1], sys.argv[2]))
+    torch.set_num_threads(int(sys.argv[1]))
+    print(of_candidate(sys.argv[2], Shape(*map(int, sys.argv[3:]))))

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import attn_kd
-from bench.workloads import Workload
+from bench.workloads import Shape, Workload
 
 Candidate = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -109,12 +109,6 @@ def plain(
     return attn_kd.attention(query, key, value).output, None
 
 
-def compile_eager() -> Candidate:
-    """`eager` through torch.compile, for one shape and one pass; its first call compiles."""
-    torch.compiler.reset()  # after eight shapes torch.compile silently runs eager code
-    return torch.compile(eager, fullgraph=True, dynamic=False)
-
-
 # In the order of the tables. `compiled` is made for each measurement, by compile_eager.
 CANDIDATES: dict[str, Candidate] = {
     "sdpa": sdpa,
@@ -123,7 +117,13 @@ CANDIDATES: dict[str, Candidate] = {
     "sdpa_identity": sdpa_identity,
     "eager": eager,
 }
-LINEAR_MEMORY = ("sdpa", "attn_kd", "attn_kd.attention", "sdpa_identity")
+EAGER_MAPS = 7  # float32 maps [B, H, Lq, Lk] that `eager` holds at its peak, as measured
+MEMORY_LIMIT = 4e9  # bytes; who needs more is left out
+
+
+def needs_too_much_memory(shape: Shape) -> bool:
+    """Whether the candidates that store maps are left out at this shape."""
+    return EAGER_MAPS * shape.map_bytes > MEMORY_LIMIT
 
 
 def forward(candidate: Candidate, workload: Workload) -> tuple[Tensor, Tensor | None]:
@@ -132,18 +132,26 @@ def forward(candidate: Candidate, workload: Workload) -> tuple[Tensor, Tensor | 
         return candidate(*workload.inputs)
 
 
-def forward_backward(candidate: Candidate, workload: Workload) -> tuple[Tensor, ...]:
-    """The gradients of query, key and value from those of output and divergence."""
+def forward_backward(candidate: Candidate, workload: Workload) -> tuple[Tensor | None, ...]:
+    """Output, divergence, and from their gradients those of query, key and value."""
     output, divergence = candidate(*workload.inputs)
     outputs, gradients = [output], [workload.grad_output]
     if divergence is not None:
         outputs.append(divergence)
         gradients.append(workload.grad_kl.to(divergence.dtype))
     leaves = (workload.query, workload.key, workload.value)
-    return torch.autograd.grad(outputs, leaves, gradients)
+    return output, divergence, *torch.autograd.grad(outputs, leaves, gradients)
 
 
 PASSES = {"forward": forward, "forward+backward": forward_backward}
+
+
+def compile_eager(run: Callable[[Candidate, Workload], object], workload: Workload) -> Candidate:
+    """`eager` through torch.compile, already compiled for one workload and one of the PASSES."""
+    torch.compiler.reset()  # after eight shapes torch.compile silently runs eager code
+    compiled = torch.compile(eager, fullgraph=True, dynamic=False)
+    run(compiled, workload)
+    return compiled
 
 
 def _row_dot(left: Tensor, right: Tensor) -> Tensor:

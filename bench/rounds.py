@@ -9,32 +9,43 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import Any
 
 from pytest_benchmark.fixture import BenchmarkFixture
 
 SUBJECT = "attn_kd"
-MIN_ROUNDS, MAX_ROUNDS = 5, 200
+YARDSTICK = "sdpa"
+MIN_ROUNDS, MAX_ROUNDS = 3, 200
+GOOD_ROUNDS = 9  # what is wanted of a long measurement, while that takes at most PATIENCE budgets
+PATIENCE = 5
+RARELY = 3  # a slow peer takes part in every third round
 
-Function = Callable[[], object]
+Function = Callable[[], Any]
 
 
 class PeersInTurn:
     """Runs the peers before and after each timed call of the subject; keeps the times, in seconds.
 
     A call of this object ends one round, with the peers whose turn is after the subject, and begins
-    the next, with those before it. `finish` ends the last one.
+    the next, with those before it. `finish` ends the last one. Peers named in `rare` run in every
+    third round only.
     """
 
-    def __init__(self, peers: dict[str, Function]) -> None:
+    def __init__(self, peers: dict[str, Function], rare: Collection[str] = ()) -> None:
         self.peers = peers
+        self.rare = rare
         self.seconds: dict[str, list[float]] = {name: [] for name in peers}
+        self._round = 0
         self._after_subject: list[str] = []
         self._random = random.Random(0)
 
     def __call__(self) -> None:
         self.finish()
-        names = [SUBJECT, *self.peers]
+        everybody = self._round % RARELY == 0
+        self._round += 1
+        names = [SUBJECT, *(name for name in self.peers if everybody or name not in self.rare)]
         self._random.shuffle(names)
         turn = names.index(SUBJECT)
         self._after_subject = names[turn + 1 :]
@@ -58,18 +69,59 @@ def seconds_of(function: Function) -> float:
 
 
 def measure_in_turn(
-    benchmark: BenchmarkFixture, functions: dict[str, Function], *, budget: float
+    benchmark: BenchmarkFixture,
+    functions: dict[str, Function],
+    *,
+    budget: float,
+    calls: int = 1,
+    verify: Callable[[str, Any], None] | None = None,
 ) -> None:
     """Time all functions in interleaved rounds that take about `budget` seconds together.
 
-    The times of the peers go to extra_info["peers"], those of `SUBJECT` to the benchmark's stats.
-    There are at least MIN_ROUNDS rounds, however long that takes.
+    The times of the peers go to extra_info["peers"], those of `SUBJECT` to the benchmark's stats;
+    both are of `calls` calls in a row. There are at least MIN_ROUNDS rounds, however long that
+    takes. A peer that needs twice the time of the subject and more than a tenth of the budget takes
+    part in every third.
+
+    Args:
+        calls: how often a function is called for one time: many where a call takes microseconds.
+        verify: called with name and result of each function's first call; raises for a wrong one.
     """
-    for function in functions.values():  # warm-up: caches, lazy initialisation, compilation
-        function()
-    one_round = sum(seconds_of(function) for function in functions.values())
-    peers = PeersInTurn({name: f for name, f in functions.items() if name != SUBJECT})
-    rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, round(budget / one_round)))
-    benchmark.pedantic(functions[SUBJECT], setup=peers, rounds=rounds)
+    first = {name: _first_call(name, function, verify) for name, function in functions.items()}
+    repeated = {name: partial(_repeat, function, calls) for name, function in functions.items()}
+    seconds = {name: _second_call(repeated[name], first[name] * calls) for name in functions}
+    rare = {
+        name
+        for name, needed in seconds.items()
+        if needed > budget / 10 and needed > 2 * seconds[SUBJECT]
+    }
+    one_round = sum(s / (RARELY if name in rare else 1) for name, s in seconds.items())
+    peers = PeersInTurn({name: f for name, f in repeated.items() if name != SUBJECT}, rare)
+    benchmark.pedantic(repeated[SUBJECT], setup=peers, rounds=rounds_within(budget, one_round))
     peers.finish()
-    benchmark.extra_info["peers"] = peers.seconds
+    benchmark.extra_info.update(calls=calls, peers=peers.seconds)
+
+
+def rounds_within(budget: float, one_round: float) -> int:
+    """As many rounds as fit into the budget; if those are few, up to GOOD_ROUNDS with patience."""
+    with_patience = min(GOOD_ROUNDS, int(PATIENCE * budget / one_round))
+    return min(MAX_ROUNDS, max(MIN_ROUNDS, with_patience, round(budget / one_round)))
+
+
+def _first_call(name: str, function: Function, verify: Callable[[str, Any], None] | None) -> float:
+    start = time.perf_counter()
+    result = function()
+    seconds = time.perf_counter() - start
+    if verify is not None:
+        verify(name, result)
+    return seconds
+
+
+def _second_call(function: Function, first: float) -> float:
+    """A better estimate than the first call, which warms up; calls of seconds are not repeated."""
+    return first if first > 2.0 else seconds_of(function)
+
+
+def _repeat(function: Function, calls: int) -> None:
+    for _ in range(calls):
+        function()

@@ -1,26 +1,53 @@
-"""Turn a benchmark run's JSON into the tables of the README, as markdown on stdout.
+"""Turn a benchmark run's JSON into tables, as markdown on stdout, and into figures.
 
-``python -m bench.summary bench/results.json [--figure docs/images/benchmark.png]``
+``python -m bench.summary bench/results.json [--figures docs/images]``
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
-from bench.measurements import SUBJECT, Memory, Run, Timing, candidates_of, read_run
-from bench.targets import AGAINST_EAGER, AGAINST_SDPA, EXTRA_MEMORY, Target
+from bench import model_tables, operator_tables
+from bench.measurements import SUBJECT, Run, Timing, read_run
+from bench.tables import Table, markdown, verdict
+from bench.targets import (
+    EXTRA_MEMORY,
+    EXTRA_MEMORY_SHAPE,
+    GOALS,
+    OVERHEAD,
+    OVERHEAD_PASSES,
+    Goal,
+)
 
-MIB = 2**20
-Table = list[list[str]]  # the first row is the head
+Measurement = TypeVar("Measurement")
+
+TIME_NOTE = (
+    "Milliseconds: median ± half the interquartile range of interleaved rounds; slow peers take "
+    "part in every third round. `sdpa` and `attn_kd.attention` compute attention alone; the others "
+    "also the divergence."
+)
+LATENCY_NOTE = (
+    'Microseconds a call; "recorded" is a forward that a backward may follow. Overhead, below, is '
+    "what of a call of B = H = 1, Lq = Lk = 16 is not arithmetic, on one thread: the arithmetic of "
+    "one head is a sixteenth of what 16 more heads in the same call add."
+)
+TRAINING_NOTE = (
+    "Milliseconds a step of a DETR-1/1 with a frozen backbone: without distillation, with the "
+    "teacher running and its attention unused, distilled by the fused operator, distilled by "
+    "stored maps."
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.summary", description=__doc__)
     parser.add_argument("results", type=Path, help="what --benchmark-json has written")
-    parser.add_argument("--figure", type=Path, help="also draw the ratios, as PNG or SVG")
+    parser.add_argument(
+        "--figures", type=Path, metavar="DIR", help="also draw the figures there, as PNG"
+    )
     args = parser.parse_args(argv)
     try:
         run = read_run(args.results)
@@ -28,35 +55,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"bench.summary: error: {error}", file=sys.stderr)
         return 2
     print(summary(run))
-    if args.figure:
-        from bench.figure import draw_ratios  # matplotlib only where it is wanted
+    if args.figures:
+        from bench.figures import draw_all  # matplotlib only where it is wanted
 
-        draw_ratios(run, args.figure)
+        for path in draw_all(run, args.figures):
+            print(f"drawn: {path}", file=sys.stderr)
     return 0
 
 
 def summary(run: Run) -> str:
-    """All tables of a run, with headings."""
-    parts = [machine_line(run)]
+    """All tables of a run, with headings; those of what was not measured are left out."""
+    parts = [machine_line(run), *_goals(run)]
     for dtype in run.dtypes:
-        timings = run.of_dtype(dtype)
-        parts += [f"### Time, {dtype}", markdown(time_table(timings)), TIME_NOTE]
-        parts += [f"### Ratios, {dtype}", markdown(ratio_table(timings))]
-    if run.threads:
-        parts += ["### Threads, forward+backward, float32", markdown(threads_table(run.threads))]
-    if run.memory:
-        parts += ["### Peak memory, forward+backward, float32"]
-        parts += [markdown(memory_table(memory)) for memory in run.memory]
-    for dtype in run.dtypes:
-        parts += [f"### Largest relative error against float64, {dtype}"]
-        parts += [markdown(error_table(run.of_dtype(dtype)))]
-    return "\n\n".join(parts)
-
-
-TIME_NOTE = (
-    "Milliseconds: median ± half the interquartile range of interleaved rounds. `sdpa` and "
-    "`attn_kd.attention` compute attention alone; the others also the divergence."
-)
+        timings = run.of("time", dtype)
+        parts += _section(f"Time, {dtype}", operator_tables.time_table, timings, TIME_NOTE)
+        parts += _section(f"Ratios, {dtype}", operator_tables.ratio_table, timings)
+    both = "forward+backward, float32"
+    for title, build, kind, note in (
+        (f"Time against tokens, {both}", operator_tables.time_table, "grid", ""),
+        ("Calls, float32", operator_tables.latency_table, "latency", LATENCY_NOTE),
+        ("Overhead of a call, float32", operator_tables.overhead_table, "overhead", ""),
+        ("Modes, float32", operator_tables.modes_table, "modes", ""),
+        (f"Threads, {both}", operator_tables.threads_table, "threads", ""),
+        ("Equal work in 64 heads and in one, float32", operator_tables.split_table, "split", ""),
+        ("Training steps", model_tables.training_table, "training", TRAINING_NOTE),
+        ("Inference, one image", model_tables.inference_table, "inference", ""),
+    ):
+        parts += _section(title, build, run.of(kind), note)
+    layers, steps = run.memory_of("memory"), run.memory_of("training memory")
+    parts += _section(f"Peak memory, MiB, {both}", operator_tables.memory_table, layers)
+    title = "Peak memory of a training step, MiB"
+    parts += _section(title, model_tables.training_memory_table, steps)
+    return "\n\n".join([*parts, *_errors(run)])
 
 
 def machine_line(run: Run) -> str:
@@ -75,111 +105,65 @@ def machine_line(run: Run) -> str:
     )
 
 
-def time_table(timings: list[Timing]) -> Table:
-    """Median and spread of each candidate, in milliseconds."""
-    candidates = candidates_of(timings)
-    rows = [["shape", "pass", "rounds", *(f"`{name}`" for name in candidates)]]
-    for timing in timings:
-        cells = [_milliseconds(timing, name) for name in candidates]
-        rounds = str(len(timing.seconds[SUBJECT]))
-        rows.append([_shape(timing), timing.pass_name, rounds, *cells])
+def goal_table(run: Run) -> Table:
+    """Every goal of which the run has a measurement, met or missed."""
+    rows = [["what", "shape", "pass", "dtype", "measured", "first bar", "goal"]]
+    for goal in GOALS:
+        found = [ratio for timing in run.timings if (ratio := _measured(goal, timing)) is not None]
+        for value in found:
+            first = "" if goal.first is None else verdict(value, goal.first, f"{goal.first:.2f}")
+            what = [f"{goal.candidate} / {goal.peer}", goal.shape, goal.pass_name, goal.dtype]
+            last = verdict(value, goal.limit, f"{goal.limit:.2f}")
+            rows.append([*what, f"{value:.3f}", first, last])
+    for timing in run.of("overhead"):
+        if timing.pass_name in OVERHEAD_PASSES:
+            value = timing.overhead(SUBJECT)
+            what = ["overhead of a call", timing.shape, timing.pass_name, timing.dtype]
+            last = verdict(value, OVERHEAD, f"{1e6 * OVERHEAD:.0f} µs")
+            rows.append([*what, f"{1e6 * value:.1f} µs", "", last])
+    for memory in run.memory_of("memory"):
+        value = memory.beyond_sdpa()
+        if memory.shape == EXTRA_MEMORY_SHAPE and value is not None:
+            what = ["memory beyond sdpa / one map", memory.shape, "forward+backward", "float32"]
+            last = verdict(value, EXTRA_MEMORY, f"{EXTRA_MEMORY:.0%}")
+            rows.append([*what, f"{value:+.1%}", "", last])
     return rows
 
 
-def ratio_table(timings: list[Timing]) -> Table:
-    """attn_kd over each peer, with the targets."""
-    head = ["shape", "pass", "attn_kd / sdpa", "first bar", "goal"]
-    head += ["attn_kd / eager", "first bar", "goal"]
-    others = [p for p in ("sdpa_identity", "compiled") if p in candidates_of(timings)]
-    rows = [head + [f"attn_kd / {peer}" for peer in others]]
-    for timing in timings:
-        row = [timing.shape, timing.pass_name]
-        for peer, targets in (("sdpa", AGAINST_SDPA), ("eager", AGAINST_EAGER)):
-            ratio = timing.ratio(peer)
-            row += [_ratio(ratio), *_verdicts(ratio, targets.get(timing.key))]
-        rows.append(row + [_ratio(timing.ratio(peer)) for peer in others])
-    return rows
+def _measured(goal: Goal, timing: Timing) -> float | None:
+    place = (timing.kind, timing.dtype, timing.pass_name, timing.shape)
+    if place != (goal.kind, goal.dtype, goal.pass_name, goal.shape):
+        return None
+    return timing.ratio(goal.peer, goal.candidate)
 
 
-def threads_table(timings: list[Timing]) -> Table:
-    """Times per number of threads and, where one thread was measured, how much faster than it."""
-    single = {timing.shape: timing for timing in timings if timing.threads == 1}
-    rows = [["shape", "threads", "`sdpa`", "speed-up", "`attn_kd`", "speed-up", "attn_kd / sdpa"]]
-    for timing in timings:
-        row = [timing.shape, str(timing.threads)]
-        for name in ("sdpa", SUBJECT):
-            base = single.get(timing.shape)
-            speed_up = f"{base.median(name) / timing.median(name):.2f}" if base else ""
-            row += [_milliseconds(timing, name), speed_up]
-        rows.append([*row, _ratio(timing.ratio("sdpa"))])
-    return rows
+def _goals(run: Run) -> list[str]:
+    table = goal_table(run)
+    met = sum(row[-1].endswith("met") for row in table[1:])
+    if len(table) == 1:
+        return []
+    return [f"### Goals: {met} of {len(table) - 1} met", markdown(table)]
 
 
-def memory_table(memory: Memory) -> Table:
-    """Peak memory of each candidate, and in units of one stored map."""
-    one_map = f"of one map ({memory.map_bytes / 1e6:.0f} MB)"
-    rows = [["shape", "candidate", "peak, MiB", one_map, "beyond sdpa", "target"]]
-    for name in memory.peak_bytes:
-        peak = memory.median(name)
-        beyond = (peak - memory.median("sdpa")) / memory.map_bytes
-        target = _verdict(beyond, EXTRA_MEMORY, f"{EXTRA_MEMORY:.0%}") if name == SUBJECT else ""
-        cells = [f"{peak / MIB:.1f}", f"{peak / memory.map_bytes:.3f}"]
-        rows.append([memory.shape, f"`{name}`", *cells, f"{beyond:+.1%} of a map", target])
-    return rows
+def _errors(run: Run) -> list[str]:
+    title = "Largest relative error against float64"
+    parts = []
+    for dtype in run.dtypes:
+        timings = run.of("time", dtype) + run.of("grid", dtype)
+        parts += _section(f"{title}, {dtype}", operator_tables.error_table, timings)
+    models = run.of("training") + run.of("inference")
+    return parts + _section(f"{title}, whole detectors", operator_tables.error_table, models)
 
 
-def error_table(timings: list[Timing]) -> Table:
-    """The largest relative error of each candidate over all shapes, per quantity."""
-    worst: dict[str, dict[str, float]] = {}
-    for timing in timings:
-        for name, errors in timing.errors.items():
-            largest = worst.setdefault(name, {})
-            for quantity, error in errors.items():
-                largest[quantity] = max(error, largest.get(quantity, 0.0))
-    quantities = list(dict.fromkeys(q for errors in worst.values() for q in errors))
-    quantities.sort(key=["output", "kl", "grad_query", "grad_key", "grad_value"].index)
-    rows = [["candidate", *quantities]]
-    for name, errors in worst.items():
-        rows.append([f"`{name}`", *(f"{errors[q]:.1e}" if q in errors else "" for q in quantities)])
-    return rows
-
-
-def markdown(table: Table) -> str:
-    """The table with its columns aligned, so that it also reads as plain text."""
-    widths = [max(3, *(len(row[i]) for row in table)) for i in range(len(table[0]))]
-    lines = [
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
-        for row in table
-    ]
-    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    return "\n".join(lines)
-
-
-def _shape(timing: Timing) -> str:
-    sizes = timing.sizes
-    return f"{timing.shape} ({', '.join(str(sizes[n]) for n in ('B', 'H', 'Lq', 'Lk', 'D'))})"
-
-
-def _milliseconds(timing: Timing, candidate: str) -> str:
-    if candidate not in timing.seconds:
-        return ""
-    median, spread = 1e3 * timing.median(candidate), 1e3 * timing.spread(candidate) / 2
-    digits = 0 if median >= 100 else 1 if median >= 10 else 2
-    return f"{median:.{digits}f} ± {spread:.{digits}f}"
-
-
-def _ratio(ratio: float | None) -> str:
-    return "" if ratio is None else f"{ratio:.3f}"
-
-
-def _verdicts(ratio: float | None, target: Target | None) -> list[str]:
-    if ratio is None or target is None:
-        return ["", ""]
-    return [_verdict(ratio, limit, f"{limit:.2f}") for limit in target]
-
-
-def _verdict(value: float, limit: float, written: str) -> str:
-    return f"≤ {written} {'met' if value <= limit else 'missed'}"
+def _section(
+    title: str,
+    build: Callable[[list[Measurement]], Table],
+    measurements: list[Measurement],
+    note: str = "",
+) -> list[str]:
+    if not measurements:
+        return []
+    return [f"### {title}", markdown(build(measurements)), *([note] if note else [])]
 
 
 if __name__ == "__main__":

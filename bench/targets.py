@@ -2,32 +2,53 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+BOTH = "forward+backward"
 
 
-class Target(NamedTuple):
-    """The largest ratio that meets the first bar, and the one aimed at in the end."""
+@dataclass(frozen=True)
+class Goal:
+    """The largest ratio candidate / peer aimed at in one measurement, and a first bar before it."""
 
-    first: float
-    goal: float
+    shape: str
+    pass_name: str
+    limit: float
+    first: float | None = None
+    candidate: str = "attn_kd"
+    peer: str = "sdpa"
+    dtype: str = "float32"
+    kind: str = "time"
 
 
-# (dtype, pass, shape) -> attn_kd / sdpa: the divergence included, against attention without it.
-AGAINST_SDPA = {
-    ("float32", "forward+backward", "coco"): Target(1.10, 0.85),
-    ("float32", "forward+backward", "dc5"): Target(1.10, 0.85),
-    ("float32", "forward+backward", "paper"): Target(1.20, 0.90),
-    ("float32", "forward+backward", "cross"): Target(1.20, 0.90),
-    ("float32", "forward", "coco"): Target(1.20, 1.05),
-    ("float32", "forward", "dc5"): Target(1.20, 1.05),
-    ("bfloat16", "forward+backward", "coco"): Target(0.90, 0.55),
-    ("bfloat16", "forward+backward", "dc5"): Target(0.90, 0.55),
-}
-# The same measurements, attn_kd / eager.
-AGAINST_EAGER = {
-    (dtype, pass_name, shape): Target(0.20, 0.12)
-    for dtype, pass_name, shape in AGAINST_SDPA
-    if shape in ("coco", "dc5")
-}
+def _at(shapes: str, *arguments: str | float, **fields: str) -> Iterable[Goal]:
+    return (Goal(shape, *arguments, **fields) for shape in shapes.split())  # type: ignore[arg-type]
+
+
+GOALS: tuple[Goal, ...] = (
+    # The divergence included, against attention without it.
+    *_at("coco dc5", BOTH, 0.85, 1.10),
+    *_at("paper cross", BOTH, 0.90, 1.20),
+    *_at("coco dc5", "forward", 1.05, 1.20),
+    *_at("coco dc5", BOTH, 0.55, 0.90, dtype="bfloat16"),
+    # Attention alone, against the same.
+    *_at("coco dc5", "forward", 0.80, candidate="attn_kd.attention"),
+    # Against stored maps.
+    *_at("coco dc5", "forward", 0.12, 0.20, peer="eager"),
+    *_at("coco dc5", BOTH, 0.12, 0.20, peer="eager"),
+    *_at("coco dc5", BOTH, 0.12, 0.20, peer="eager", dtype="bfloat16"),
+    # The operator's modes against its default.
+    *_at("coco", BOTH, 1.7, 2.5, candidate="head mean", peer="attn_kd", kind="modes"),
+    *_at("dc5", "forward", 1 / 1.3, candidate="attention_kl_div", peer="attn_kd", kind="modes"),
+    *_at("dc5", BOTH, 1 / 1.3, candidate="attention_kl_div", peer="attn_kd", kind="modes"),
+    # As much work in one map as in 64 takes as long, within 10 %.
+    *_at("64-heads", BOTH, 1.10, candidate="attn_kd, one head", peer="attn_kd", kind="split"),
+    *_at("64-heads", BOTH, 1.10, candidate="attn_kd", peer="attn_kd, one head", kind="split"),
+)
+# Seconds of a call of B = H = 1, Lq = Lk = 16 beyond its arithmetic, see bench_latency.py.
+OVERHEAD = 8e-6
+OVERHEAD_PASSES = ("forward", "forward, recorded")
 # Peak memory of attn_kd beyond that of sdpa, as a part of one stored float32 map.
 EXTRA_MEMORY = 0.02
+EXTRA_MEMORY_SHAPE = "dc5"

@@ -1,0 +1,85 @@
+"""Whole training steps of a DETR: what distillation adds to them, in time and in memory."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+pytest.importorskip("transformers")
+
+from bench.detr import SETTINGS, WAYS, Losses, TrainingStep, make_batch
+from bench.peak_memory import STATUS, peak_bytes_in_subprocess
+from bench.rounds import measure_in_turn
+
+TOLERANCE = 1e-4  # relative; float32 sums over the pixels of a whole backbone
+
+
+@pytest.mark.parametrize("setting_name", SETTINGS)
+def test_training_step(benchmark: BenchmarkFixture, budget: float, setting_name: str) -> None:
+    setting = SETTINGS[setting_name]
+    batch, exact = make_batch(setting), ExactStep(setting_name)
+    steps = {way: TrainingStep(way, setting) for way in WAYS}
+    errors: dict[str, dict[str, float]] = {}
+    benchmark.extra_info.update(
+        {"kind": "training", "shape": setting_name, "pass": "training step", "dtype": "float32"},
+        sizes=setting._asdict(),
+        errors=errors,
+    )
+    measure_in_turn(
+        benchmark,
+        {way: partial(step, batch) for way, step in steps.items()},
+        budget=budget,
+        verify=lambda way, losses: errors.update({way: exact.check(steps[way], losses)}),
+    )
+
+
+@pytest.mark.skipif(not STATUS.exists(), reason="the peak resident set is read from /proc")
+@pytest.mark.parametrize("setting_name", [name for name in SETTINGS if "128" not in name])
+def test_training_memory(benchmark: BenchmarkFixture, setting_name: str) -> None:
+    peaks: dict[str, list[int]] = {way: [] for way in WAYS}
+
+    def measure_all() -> None:
+        for way in WAYS:
+            peaks[way].append(peak_bytes_in_subprocess("bench.detr", way, setting_name))
+
+    benchmark.pedantic(measure_all, rounds=1)
+    setting = SETTINGS[setting_name]
+    benchmark.extra_info.update(
+        {"kind": "training memory", "shape": setting_name, "pass": "training step"},
+        dtype="float32",
+        sizes=setting._asdict(),
+        peak_bytes=peaks,
+    )
+
+
+class ExactStep:
+    """The first step with stored maps in float64."""
+
+    def __init__(self, setting_name: str) -> None:
+        setting = SETTINGS[setting_name]
+        step = TrainingStep("eager", setting, torch.float64)
+        batch = make_batch(setting, dtype=torch.float64)
+        torch.set_default_dtype(torch.float64)  # transformers' loss makes tensors of its own
+        try:
+            self.losses = step(batch)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        self._map_gradient = step.map_gradient()
+
+    def check(self, step: TrainingStep, losses: Losses) -> dict[str, float]:
+        """Relative errors of a first step's losses and, where it distils, its gradient.
+
+        Raises:
+            AssertionError: one is larger than the tolerance.
+        """
+        pairs = {"detection": (losses.detection, self.losses.detection)}
+        if losses.attention_kl is not None:
+            pairs["attention_kl"] = (losses.attention_kl, self.losses.attention_kl)
+            pairs["map gradient"] = (step.map_gradient(), self._map_gradient)
+        errors = {n: ((x.double() - y).norm() / y.norm()).item() for n, (x, y) in pairs.items()}
+        for name, error in errors.items():
+            assert error <= TOLERANCE, f"{step.way}: {name} is {error:.1e} off"
+        return errors

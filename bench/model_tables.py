@@ -1,0 +1,42 @@
+"""Tables of whole detectors: training steps and inference."""
+
+from __future__ import annotations
+
+from bench.measurements import Memory, Timing
+from bench.tables import Table, code, mebibytes, milliseconds, ratio
+
+WAYS = ("none", "teacher", "attn_kd", "eager")
+IMPLEMENTATIONS = ("sdpa", "attn_kd", "eager")
+
+
+def training_table(timings: list[Timing]) -> Table:
+    """Milliseconds a step, and what the divergence adds to a step in which the teacher runs."""
+    added = ["divergence adds: attn_kd", "eager", "attn_kd / eager"]
+    rows = [["setting", "batch", *code(list(WAYS)), *added]]
+    for timing in timings:
+        times = [milliseconds(timing, way) for way in WAYS]
+        extra = [f"{timing.ratio('teacher', way) - 1:+.1%}" for way in ("attn_kd", "eager")]
+        row = [timing.shape, str(timing.sizes["batch"]), *times, *extra]
+        rows.append([*row, ratio(timing.ratio("eager"))])
+    return rows
+
+
+def training_memory_table(memories: list[Memory]) -> Table:
+    """Peak memory of a step in MiB, beyond weights, gradients and the optimizer's state."""
+    rows = [["setting", "batch", *code(list(WAYS))]]
+    for memory in memories:
+        peaks = [mebibytes(memory.median(way)) for way in WAYS]
+        rows.append([memory.shape, str(memory.sizes["batch"]), *peaks])
+    return rows
+
+
+def inference_table(timings: list[Timing]) -> Table:
+    """Milliseconds an image, images per second, and attn_kd against the others."""
+    per_second = [f"{name}, images/s" for name in IMPLEMENTATIONS]
+    head = [f"`{name}`, ms" for name in IMPLEMENTATIONS] + per_second
+    rows = [["setting", *head, "attn_kd / sdpa"]]
+    for timing in timings:
+        times = [milliseconds(timing, name) for name in IMPLEMENTATIONS]
+        rates = [f"{1 / timing.median(name):.1f}" for name in IMPLEMENTATIONS]
+        rows.append([timing.shape, *times, *rates, ratio(timing.ratio("sdpa"))])
+    return rows
