@@ -1,11 +1,15 @@
 """DAB-DETR of transformers, whose attention is written out instead of looked up by name.
 
-Its modules are made attn_kd's by their class: `replace_attention`. Layers of the replaced model are
-distilled like those of any other, at the paths they have::
+Its modules are made attn_kd's by their class, and its layers are distilled like those of any other
+model then, at the paths they have::
 
-    model = DabDetrForObjectDetection.from_pretrained("IDEA-Research/dab-detr-resnet-50")
-    replace_attention(model)
-    model.encoder.layers[5].self_attn  # and decoder.layers[i].self_attn.self_attn, ...
+    teacher = DabDetrForObjectDetection.from_pretrained("IDEA-Research/dab-detr-resnet-50")
+    replace_attention(teacher)
+    replace_attention(student)
+    layers = {"model.encoder.layers.2.self_attn": "model.encoder.layers.5.self_attn"}
+    distiller = attn_kd.AttentionDistiller(teacher, student, layers=layers)
+
+A decoder layer's are `self_attn.self_attn` and `cross_attn.cross_attn`.
 """
 
 from __future__ import annotations

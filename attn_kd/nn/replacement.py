@@ -6,7 +6,7 @@ from torch import nn
 
 from attn_kd.nn.multihead_attention import MultiheadAttention, keep_from_fast_path
 
-_NESTED_BEFORE = "_attn_kd_use_nested_tensor"
+_USED_NESTED_TENSOR = "_attn_kd_used_nested_tensor"
 
 
 def replace_multihead_attention(model: nn.Module, *, returns_weights: bool = True) -> list[str]:
@@ -15,7 +15,13 @@ def replace_multihead_attention(model: nn.Module, *, returns_weights: bool = Tru
     In place, and nothing is copied: the modules stay the same objects at the same paths and change
     their class, so their parameters, hooks, mode, and whoever refers to them (an optimizer, another
     module) stay what they are. `restore_multihead_attention` undoes it. Subclasses of torch's
-    module are left alone: what they compute is their own.
+    module are left alone: what they compute is their own. Models of both sides are prepared for
+    distillation by::
+
+        for model in (teacher, student):  # facebookresearch's DETR, say
+            attn_kd.nn.replace_multihead_attention(model, returns_weights=False)
+        with attn_kd.AttentionDistiller(teacher, student) as distiller:
+            result = distiller(samples=images)
 
     Args:
         model: any model; it may itself be a torch.nn.MultiheadAttention.
@@ -28,10 +34,10 @@ def replace_multihead_attention(model: nn.Module, *, returns_weights: bool = Tru
     """
     replaced = []
     for path, module in model.named_modules():
-        if isinstance(module, nn.TransformerEncoder) and _NESTED_BEFORE not in vars(module):
+        if isinstance(module, nn.TransformerEncoder) and vars(module).get("use_nested_tensor"):
             # It would hand its layers nested tensors in evaluation mode.
-            setattr(module, _NESTED_BEFORE, module.use_nested_tensor)
             module.use_nested_tensor = False
+            setattr(module, _USED_NESTED_TENSOR, True)
         if type(module) is nn.MultiheadAttention:
             module.__class__ = MultiheadAttention
             keep_from_fast_path(module)
@@ -51,8 +57,8 @@ def restore_multihead_attention(model: nn.Module) -> list[str]:
     """
     restored = []
     for path, module in model.named_modules():
-        if _NESTED_BEFORE in vars(module):
-            module.use_nested_tensor = vars(module).pop(_NESTED_BEFORE)
+        if _USED_NESTED_TENSOR in vars(module):
+            module.use_nested_tensor = vars(module).pop(_USED_NESTED_TENSOR)
         if type(module) is MultiheadAttention:
             for name in ("returns_weights", "self_attention"):
                 vars(module).pop(name, None)

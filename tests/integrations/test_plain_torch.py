@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -143,3 +145,18 @@ def test_closing_leaves_nothing_on_the_modules(teacher, student):
 def test_model_whose_attention_was_not_replaced_is_told_how(teacher, student, layers):
     with pytest.raises(InputError, match=r"attn_kd.nn.replace_multihead_attention\(model\) makes"):
         AttentionDistiller(teacher, student, layers=layers)
+
+
+def test_transformers_need_not_be_installed():
+    program = """
+import sys
+sys.modules["transformers"] = None
+from attn_kd import AttentionDistiller
+from attn_kd.nn import replace_multihead_attention
+from tests.plain_detr import plain_batch, plain_detr
+models = plain_detr(seed=1), plain_detr(seed=2)
+assert all(replace_multihead_attention(model) for model in models)
+with AttentionDistiller(*models) as distiller:
+    assert distiller(**plain_batch()).attention_kl > 0.1
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
