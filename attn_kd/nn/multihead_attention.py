@@ -27,8 +27,8 @@ class MultiheadAttention(TapCarrier, nn.MultiheadAttention):
       where torch's map, and often its output, are NaN.
     - `is_causal=True` asks for an `attn_mask`, as in torch, and is otherwise ignored: the mask
       itself is applied.
-    - An additive mask that requires grad gets its gradient with `need_weights=True` only; the
-      operator refuses it.
+    - An additive mask that requires grad gets its gradient by the slow path too, and cannot be
+      distilled under: the operator has no gradient for it.
     - Wrong shapes and dtypes raise `InputError`, a ValueError. Nested tensors are not supported;
       the fast path that `torch.nn.TransformerEncoderLayer` takes in evaluation mode, which calls
       no attention module at all, is not taken. (torch asks `_qkv_same_embed_dim` whether it may.)
@@ -164,9 +164,10 @@ class MultiheadAttention(TapCarrier, nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """Return (output [B, H, Lq, D], map [B, H, Lq, Lk] or None)."""
         dropout_p = self.dropout if self.training else 0.0
-        if wants_map and not carries_tap(self):
+        learned_mask = mask is not None and mask.requires_grad and torch.is_grad_enabled()
+        if (wants_map or learned_mask) and not carries_tap(self):
             weights = F.dropout(attention_map(query, key, mask), dropout_p)
-            return weights @ value, weights
+            return weights @ value, weights if wants_map else None
         output = carried_attention(self, query, key, value, attn_mask=mask, dropout_p=dropout_p)
         return output, attention_map(query, key, mask) if wants_map else None
 
