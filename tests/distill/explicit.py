@@ -32,7 +32,10 @@ def explicit_kl(
     a, b = student_map, teacher_map.detach()
     if divergence == "forward_kl":
         a, b = b, a
-    terms = torch.where((a > 0) & (b > 0), a * (a.clamp_min(1e-300) / b.clamp_min(1e-300)).log(), 0)
+    a, b = (whole.to(torch.promote_types(whole.dtype, torch.float32)) for whole in (a, b))
+    tiny = torch.finfo(a.dtype).tiny
+    log_ratio = a.clamp_min(tiny).log() - b.clamp_min(tiny).log()
+    terms = torch.where((a > 0) & (b > 0), a * log_ratio, 0)
     kl = terms.sum(-1).mean(1)  # [B, Lq]
     return kl.mean() if rows is None else kl[rows].mean()
 

@@ -11,7 +11,7 @@ from torch import nn
 from attn_kd import available_backends
 from attn_kd.distill import AttentionDistiller
 from attn_kd.errors import InputError
-from tests.distill.explicit import explicit_encoder_kl
+from tests.distill.explicit import explicit_encoder_kl, gradients
 from tests.tiny_detr import tiny_batch, tiny_detr
 
 
@@ -60,6 +60,31 @@ def test_distiller_called_under_autocast(teacher, student):
     torch.testing.assert_close(actual, expected, rtol=0.05, atol=0)
 
 
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl"])
+def test_bfloat16_gradients_are_at_least_as_accurate_as_those_of_explicit_maps(
+    teacher, student, divergence
+):
+    exact = explicit_gradients(student, teacher, tiny_batch(dtype=torch.float64), divergence)
+    with torch.autocast("cpu", torch.bfloat16):
+        eager = explicit_gradients(student, teacher, tiny_batch(), divergence)
+        with AttentionDistiller(teacher, student, divergence=divergence) as distiller:
+            result = distiller(**tiny_batch())
+    actual = gradients(result.attention_kl, student)
+    errors = [
+        sum((found[name].double() - exact[name]).square().sum() for name in exact).sqrt()
+        for found in (actual, eager)
+    ]
+    assert errors[1] > 0
+    assert errors[0] <= 2 * errors[1]
+
+
+def explicit_gradients(student, teacher, batch, divergence):
+    """Return the gradients of the explicit divergence in the dtype of the batch, as float64."""
+    models = [copy.deepcopy(m).to(batch["pixel_values"].dtype) for m in (student, teacher)]
+    kl = explicit_encoder_kl(*models, batch, divergence=divergence)
+    return {name: found.double() for name, found in gradients(kl, models[0]).items()}
+
+
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no-grad"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_student_mode_and_gradient_mode(teacher, student, training, grad):
@@ -88,6 +113,54 @@ def test_checkpointed_layers_recompute_with_the_record_of_their_own_pass(teacher
     torch.testing.assert_close(actual, expected)
 
 
+def gradients_of(student, distiller, batches):
+    """Return the student's gradients of the mean divergence over batches of equal rows."""
+    student.zero_grad()
+    for batch in batches:
+        (distiller(**batch).attention_kl / len(batches)).backward()
+    return {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"divergence": "js"}, id="js"),
+        pytest.param({"head_reduction": "mean"}, id="mean"),
+        pytest.param({"head_map": [3, 2, 1, 0]}, id="head-map"),
+        pytest.param({"alignment": "group", "teacher_grid": (2, 8, 4)}, id="group"),
+        pytest.param({"alignment": "resample", "teacher_grid": (4, 16)}, id="resample"),
+    ],
+)
+def test_checkpointing_of_every_layer_changes_no_gradient(teacher, student, options):
+    student.train()
+    kinds = ("encoder_self", "decoder_self", "decoder_cross")
+    batch = tiny_batch(padded=False)
+    if options.get("alignment") == "group":
+        # A student of 8 x 4 tokens, whose teacher has two frames of them.
+        narrow = {name: tensor[..., :32] for name, tensor in batch.items()}
+    else:
+        narrow = batch
+    results = []
+    with AttentionDistiller(teacher, student, "all", kinds=kinds, **options) as distiller:
+        for _ in range(2):
+            result = distiller.run(narrow, teacher_inputs=batch)
+            assert len(result.attention_kl_per_layer) == 4
+            loss = result.attention_kl + result.student.logits.square().mean()
+            results.append(gradients(loss, student))
+            student.activation_checkpointing_enable()
+    torch.testing.assert_close(*results)
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(teacher, student):
+    teacher, student = teacher.double(), student.double()
+    whole = tiny_batch(padded=False, dtype=torch.float64)
+    halves = [{name: tensor[n : n + 1] for name, tensor in whole.items()} for n in range(2)]
+    with AttentionDistiller(teacher, student) as distiller:
+        expected = gradients_of(student, distiller, [whole])
+        actual = gradients_of(student, distiller, halves)
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
+
+
 def test_reentrant_checkpointing_is_refused(teacher, student):
     student.train()
     student.activation_checkpointing_enable({"use_reentrant": True})
@@ -98,14 +171,31 @@ def test_reentrant_checkpointing_is_refused(teacher, student):
         distiller(**tiny_batch())
 
 
-def test_compiled_student_is_one_graph_and_is_compiled_once(teacher, student):
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="paper"),
+        pytest.param(
+            {"alignment": "group", "teacher_grid": (2, 8, 8), "head_map": [3, 2, 1, 0]},
+            id="grouped-and-mapped",
+        ),
+    ],
+)
+def test_compiled_student_is_one_graph_and_is_compiled_once(teacher, student, options):
     torch._dynamo.reset()
     batches = [tiny_batch(seed=seed) for seed in (0, 1)]
-    with AttentionDistiller(teacher, student) as distiller:
+    with AttentionDistiller(teacher, student, **options) as distiller:
+
+        def run(batch, student):
+            if not options:
+                return distiller.run(batch, student=student)
+            pixels = batch["pixel_values"].repeat(1, 1, 2, 1)  # twice as many tokens
+            return distiller.run(batch, teacher_inputs={"pixel_values": pixels}, student=student)
+
         compiled = torch.compile(student, backend="eager", fullgraph=True)
         with torch._dynamo.config.patch(error_on_recompile=True):
-            actual = [distiller.run(batch, student=compiled) for batch in batches]
-        expected = [distiller(**batch) for batch in batches]
+            actual = [run(batch, compiled) for batch in batches]
+        expected = [run(batch, student) for batch in batches]
         for one, other in zip(actual, expected, strict=True):
             torch.testing.assert_close(one.attention_kl, other.attention_kl)
             torch.testing.assert_close(

@@ -1,0 +1,89 @@
+"""The whole training step under torch.compile: teacher, student, loss and backward pass.
+
+Counted with torch 2.13 and transformers 5.23: teacher, student and divergence are one graph, and
+the call of backward() is the one break. With DETR's own detection loss there are 19 graphs: its
+Hungarian matching runs in SciPy and its checks branch on values. None of the breaks is attn_kd's.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+
+import attn_kd
+from attn_kd.distill import AttentionDistiller, distillation_loss
+from tests.tiny_detr import tiny_batch, tiny_detr
+
+
+@pytest.fixture
+def models():
+    torch._dynamo.reset()
+    counters.clear()
+    return tiny_detr(seed=1, encoder_layers=1), tiny_detr(seed=2, encoder_layers=1)
+
+
+def take(step, student, batch):
+    """Return the loss of a step and the gradients it leaves."""
+    student.zero_grad()
+    loss = step(batch)
+    return loss, {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.slow
+def test_step_is_one_graph_before_backward(models):
+    student = models[1]
+    with AttentionDistiller(*models) as distiller:
+
+        def step(batch):
+            result = distiller(**batch)
+            loss = result.attention_kl + result.student.logits.square().mean()
+            loss.backward()
+            return loss.detach()
+
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(step, backend=counter)
+        batches = [tiny_batch(seed=seed) for seed in (0, 1)]
+        actual = [take(compiled, student, batch) for batch in batches]
+        assert [key.split("\n")[0] for key in counters["graph_break"]] == [
+            "Unsupported Tensor.backward() call"
+        ]
+        assert sum(counters["graph_break"].values()) == 1
+        assert counter.frame_count == 2  # for both batches, before backward and after
+        expected = [take(step, student, batch) for batch in batches]
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.slow
+def test_detection_loss_breaks_the_graph_but_the_operator_does_not(models):
+    student, batch = models[1], tiny_batch(labels=True)
+    with AttentionDistiller(*models) as distiller:
+
+        def step(batch):
+            loss = distillation_loss(distiller(**batch), alpha=0.7).total
+            loss.backward()
+            return loss.detach()
+
+        expected = take(step, student, batch)
+        student.zero_grad()
+        explained = torch._dynamo.explain(step)(batch)
+        actual = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+    torch.testing.assert_close(actual, expected[1])
+    package = Path(attn_kd.__file__).parent
+    detection_loss = Path(transformers.__file__).parent / "loss" / "loss_for_object_detection.py"
+    for reason in explained.break_reasons:
+        files = [Path(frame.filename) for frame in reason.user_stack]
+        assert package not in files[-1].parents
+        assert detection_loss in files or "Tensor.backward()" in reason.reason
+    operators = [
+        node.target
+        for graph in explained.graphs
+        for node in graph.graph.nodes
+        if "attention_kl" in str(node.target)
+    ]
+    assert len(operators) == 2  # the teacher's and the student's
+    assert explained.graph_break_count <= 18
