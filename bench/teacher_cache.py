@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from transformers import DetrForObjectDetection
 
 from attn_kd import AttentionDistiller
 from attn_kd.data import CocoDetection
@@ -128,7 +129,7 @@ def _report_steps(
 
 
 def _steps(
-    student: torch.nn.Module, teacher: Teacher, source: Source, batch_size: int, way: str
+    student: DetrForObjectDetection, teacher: Teacher, source: Source, batch_size: int, way: str
 ) -> Callable[[], None]:
     """A function that takes one training step, its batch loaded and prepared."""
     student.train()

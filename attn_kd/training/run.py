@@ -43,7 +43,7 @@ from attn_kd.training.records import (
     history_entries,
     write_json,
 )
-from attn_kd.training.sources import Source, TrainingData, Views, feature_source, image_source
+from attn_kd.training.sources import Source, TrainingData, feature_source, image_source
 from attn_kd.training.teacher import Teacher, distilled_layers
 from attn_kd.training.trainer import DistillationTrainer, checkpoint_state
 from attn_kd.training.untrained import rehearse, untrained_detector
@@ -168,6 +168,7 @@ class _Run:
         self.data = data if isinstance(data, TrainingData) else TrainingData.open(data)
         self.teacher = teacher
         self.cache = None if teacher is None else teacher.cache
+        self.views = None if teacher is None else teacher.views(augment=config.augment)
         self.record = RunRecord(
             config,
             None if teacher is None else teacher.identity,
@@ -233,7 +234,6 @@ class _Run:
             )
         set_seed(config.seed)
         model, processor = untrained_detector(config, self.data.train, self.teacher)
-        self._views()
         self._verify_cache()
         rehearse(config, model, processor, self.data.train, self.teacher)
         return model, processor
@@ -355,7 +355,7 @@ class _Run:
         arguments: TrainingArguments,
     ) -> Source:
         if not self.config.cache_features:
-            return image_source(self.data.train, processor, self.config, self._views())
+            return image_source(self.data.train, processor, self.config, self.views)
         with arguments.main_process_first(desc="caching features"):
             return feature_source(
                 model,
@@ -363,17 +363,11 @@ class _Run:
                 processor,
                 self.config,
                 teacher=self._running_teacher,
-                views=self._views(),
+                views=self.views,
                 folder=self.options.feature_folder,
                 device=arguments.device,
                 progress=self._bar("features"),
             )
-
-    def _views(self) -> Views | None:
-        """The views of an image that there are; ``None`` where there is no end of them."""
-        if self.teacher is None:
-            return None
-        return self.teacher.views(augment=self.config.augment)
 
     def _verify_cache(self) -> None:
         """Check the teacher cache, once on every machine."""

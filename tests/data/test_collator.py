@@ -105,6 +105,14 @@ def test_an_augmentation_seed_decides_alone():
     assert not torch.equal(alone["pixel_values"], other["pixel_values"])
 
 
+def test_without_its_augmentation_seed_an_item_is_left_as_it_is():
+    reference = processor(size=SIZES["fixed"])
+    items = [item(37, 61, augmentation_seed=None)]
+    augmenting = DetectionCollator(reference, Augmentation())(items)
+    plain = DetectionCollator(reference)(items)
+    assert torch.equal(augmenting["pixel_values"], plain["pixel_values"])
+
+
 def test_the_original_size_survives_augmentation():
     collate = DetectionCollator(processor(size=SIZES["fixed"]), Augmentation(scale=(2.0, 2.0)))
     (label,) = collate([item(60, 80)])["labels"]

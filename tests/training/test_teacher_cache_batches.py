@@ -190,6 +190,16 @@ def test_image_in_a_batch_shows_as_many_cells_as_alone(rows, padded):
     assert cells[0, 0, :, 0].sum() == -(-rows // 16)
 
 
+def test_batch_is_padded_so_that_records_fit(teacher, dataset, cache):
+    """40 and 31 rows: padded to 40 DETR would take all three cells of 31 for visible."""
+    items = [(index, dataset[index]) for index in (1, 3)]
+    batch, given = taught_batch(cache, items, DetectionCollator(teacher[2]), features=False)
+    assert batch["pixel_values"].shape == (2, 3, 48, 96)
+    record = given.records["model.encoder.layers.1.self_attn"]
+    assert record.query.shape == (2, 4, 18, 16)
+    assert record.key[1, :, :12].all() and not record.key[1, :, 12:].any()
+
+
 def test_images_of_one_size_are_not_padded():
     batch = {
         "pixel_values": torch.zeros(2, 3, 50, 60),
