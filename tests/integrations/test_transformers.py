@@ -9,6 +9,7 @@ from transformers import AttentionInterface, LlamaConfig, LlamaModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_bidirectional_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from attn_kd import AttentionDistiller
 from attn_kd.errors import InputError
 from attn_kd.integrations.transformers import (
     SwitchedImplementation,
@@ -162,6 +163,17 @@ def test_attention_dropout_acts_in_training_only_and_follows_the_seed():
     assert torch.equal(logits(training=True), dropped)
 
 
+def test_distilled_divergence_is_that_of_the_maps_before_dropout():
+    teacher, batch = tiny_detr(seed=1), tiny_batch()
+    result = {}
+    for dropout in (0.0, 0.5):
+        student = tiny_detr(seed=2, encoder_layers=1, attention_dropout=dropout).train()
+        with AttentionDistiller(teacher, student) as distiller:
+            result[dropout] = distiller(**batch)
+    torch.testing.assert_close(result[0.5].attention_kl, result[0.0].attention_kl)
+    assert (result[0.5].student.logits - result[0.0].student.logits).abs().max() > 1e-2
+
+
 def test_asking_for_maps_is_refused():
     with pytest.raises(InputError, match=r"output_attentions=True.*eager"):
         use(tiny_detr(), "attn_kd")(**tiny_batch(), output_attentions=True)
@@ -172,6 +184,7 @@ def test_asking_for_maps_is_refused():
     [
         pytest.param({"is_causal": True}, "causal attention without a mask", id="causal"),
         pytest.param({"softcap": 30.0}, "softcap", id="softcap"),
+        pytest.param({"s_aux": torch.zeros(1)}, "s_aux", id="sinks"),
         pytest.param({"position_bias": torch.zeros(1, 1, 3, 3)}, "position_bias", id="bias"),
     ],
 )

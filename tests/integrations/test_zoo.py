@@ -149,6 +149,23 @@ def test_distillation_step_is_that_of_eager_maps(family: Family, kind: str):
 
 
 @pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        pytest.param(family, kind, id=f"{name}-{kind}")
+        for name, family in FAMILIES.items()
+        for kind in family.deformable
+    ],
+)
+def test_deformable_attention_is_refused_with_the_reason(family: Family, kind: str):
+    student, teacher = family.build(seed=1), family.build(seed=2)
+    path = family.deformable[kind]
+    with pytest.raises(InputError, match=r"deformable attention .* no map over the keys"):
+        AttentionDistiller(teacher, student, kinds=[kind])
+    with pytest.raises(InputError, match=f"{path!r} is deformable attention"):
+        AttentionDistiller(teacher, student, layers={path: path})
+
+
+@pytest.mark.parametrize(
     ("name", "setting", "message"),
     [
         ("rf-detr", {"group_detr": 3}, r"group_detr=3 groups.*with group_detr=1"),
