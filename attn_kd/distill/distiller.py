@@ -51,14 +51,16 @@ class AttentionDistiller:
 
     While a distiller is open the distilled layers' attention implementation is "attn_kd" and the
     teacher is in evaluation mode; `close` puts both back (several distillers may share a model; the
-    last one restores it). Nothing else of either model is touched: no hooks, no attributes, and
-    `requires_grad` stays as it is. The other layers run as "sdpa" meanwhile where their own
-    implementation does not take attn_kd's masks ("eager", say): results may then differ in their
-    last bits, and no attention maps are returned. Close only after the last backward pass:
-    activation checkpointing recomputes layers there.
+    last one restores it). Distilled layers that no keyword argument of the model reaches also have
+    attributes meanwhile (`attn_kd.nn.carriers`). Nothing else of either model is touched: no hooks,
+    and `requires_grad` stays as it is. The other layers of a transformers model run as "sdpa"
+    meanwhile where their own implementation does not take attn_kd's masks ("eager", say): results
+    may then differ in their last bits, and no attention maps are returned. Close only after the
+    last backward pass: activation checkpointing recomputes layers there.
 
     Args:
-        teacher: a transformers model, or a wrapper that passes keyword arguments on to one.
+        teacher: a transformers model, or one with attention modules of `attn_kd.nn`; may be in a
+            wrapper.
         student: likewise; another model than the teacher.
         layers: "last" (or None) pairs the final layers of both, "all" pairs every student layer
             with a teacher layer of like depth (`attn_kd.distill.depth_map`); or {student path:
@@ -72,8 +74,9 @@ class AttentionDistiller:
             or {student path: such a list} for some layers. None: head i learns from head i.
         alignment: for maps over different token grids, "resample" or "group": see
             `attn_kd.distill.alignment`. Decoder self-attention has no grid and is left alone.
-        teacher_grid, student_grid: (h, w) in tokens, or (T, h, w) of a clip. None: deduced
-            from the size of `pixel_values` and the number of tokens, where that is clear.
+        teacher_grid, student_grid: (h, w) in tokens, or (T, h, w) of a clip. None: deduced from
+            the size of the images and the number of tokens, where that is clear. Maps of as many
+            tokens on grids that are known to differ are refused.
 
     Raises:
         InputError: a path is wrong (near ones are suggested), the models cannot be paired, or an

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from attn_kd.distill.layers import attention_at
 from attn_kd.distill.loans import Loans
@@ -24,7 +24,7 @@ class TeacherPass:
 
     records: Mapping[str, AttentionRecord]  # by teacher path
     output: Any = None  # the teacher's own; `.logits` is needed for the class term alone
-    image_size: tuple[int, int] | None = None  # height and width of its pixel_values
+    image_size: tuple[int, int] | None = None  # height and width in pixels, see `image_size`
 
     def without_lse(self) -> TeacherPass:
         """Return the pass without log-sum-exps, for a student whose mask is another."""
@@ -51,11 +51,12 @@ _frozen_teachers: Loans[_EvaluationMode] = Loans()
 class TeacherRecorder:
     """Runs a frozen teacher and records query, key and log-sum-exp of some of its layers.
 
-    While it is open, the teacher is in evaluation mode and those layers' attention implementation
-    is "attn_kd"; `close` puts both back. Use it as a context manager.
+    While it is open, the teacher is in evaluation mode and those layers compute their attention by
+    attn_kd; `close` puts both back. Use it as a context manager.
 
     Args:
-        teacher: a transformers model, or a wrapper that passes keyword arguments on to one.
+        teacher: a transformers model, or one with attention modules of `attn_kd.nn`; may be in a
+            wrapper.
         paths: of the attention modules to record, as in `named_modules`.
 
     Raises:
@@ -108,8 +109,12 @@ class TeacherRecorder:
 
 
 def image_size(inputs: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Return height and width of the `pixel_values` [..., H, W] among a model's inputs, if any."""
-    pixels = inputs.get("pixel_values")
-    if not isinstance(pixels, torch.Tensor) or pixels.dim() < 4:
-        return None
-    return pixels.shape[-2], pixels.shape[-1]
+    """Return height and width of the images [B, C, H, W] among a model's inputs, if it is clear.
+
+    That is `pixel_values`, or else the only input of such a shape. A clip has no size here: how
+    many of its frames are left among the tokens does not show.
+    """
+    candidates = [inputs["pixel_values"]] if "pixel_values" in inputs else inputs.values()
+    images = [x for x in candidates if isinstance(x, Tensor) and x.is_floating_point()]
+    sizes = [(x.shape[2], x.shape[3]) for x in images if x.dim() == 4]
+    return sizes[0] if len(sizes) == 1 else None

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from attn_kd.distill import AttentionDistiller, TeacherPass, TeacherRecorder, distillation_loss
+from attn_kd.distill.recorder import image_size
 from attn_kd.errors import InputError
 from tests.tiny_detr import tiny_batch, tiny_detr
 
@@ -87,3 +88,20 @@ def test_closed_recorder_leaves_the_teacher_as_it_was(teacher):
         assert teacher.config._attn_implementation == "attn_kd"
     assert teacher.training
     assert teacher.config._attn_implementation == "sdpa"
+
+
+IMAGES = torch.zeros(2, 3, 64, 48)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "size"),
+    [
+        pytest.param({"pixel_values": IMAGES, "other": IMAGES}, (64, 48), id="pixel-values"),
+        pytest.param({"images": IMAGES, "mask": IMAGES.bool()}, (64, 48), id="another-name"),
+        pytest.param({"first": IMAGES, "second": IMAGES}, None, id="ambiguous"),
+        pytest.param({"pixel_values": IMAGES[:, None], "maps": IMAGES}, None, id="clips"),
+        pytest.param({"tokens": torch.zeros(2, 64, 48)}, None, id="no-images"),
+    ],
+)
+def test_size_of_the_images_among_inputs(inputs, size):
+    assert image_size(inputs) == size
