@@ -34,13 +34,13 @@ def is_self_attention(module: nn.Module, path: str = "") -> bool:
     """Whether the queries of an attention module come from the same tokens as its keys.
 
     Modules of transformers tell by the inputs they take, attn_kd's own by `self_attention` where
-    it is set, else by the name in `path`.
+    it is set; those that take query, key and value go by the name in `path`.
     """
-    if isinstance(module, TapCarrier):
-        if module.self_attention is not None:
-            return module.self_attention
-        return is_self_attention_name(path)
+    if isinstance(module, TapCarrier) and module.self_attention is not None:
+        return module.self_attention
     parameters = inspect.signature(type(module).forward).parameters
+    if isinstance(module, TapCarrier) or "key" in parameters:
+        return is_self_attention_name(path)
     return not any(name in parameters for name in _KEY_SOURCES)
 
 

@@ -13,7 +13,9 @@ from transformers import (
     LlamaModel,
     ResNetConfig,
     ResNetModel,
+    SamMaskDecoderConfig,
 )
+from transformers.models.sam.modeling_sam import SamAttention
 
 from attn_kd.integrations.attention_modules import (
     attention_kinds,
@@ -107,6 +109,13 @@ def test_causal_layers_are_a_decoders():
         num_attention_heads=2,
     )
     assert attention_kinds(LlamaModel(config)) == {"layers.0.self_attn": "decoder_self"}
+
+
+def test_modules_that_take_query_key_and_value_are_told_by_their_names():
+    """SAM's attention modules are all of one class."""
+    module = SamAttention(SamMaskDecoderConfig(hidden_size=8, num_attention_heads=2))
+    assert is_self_attention(module, "layers.0.self_attn")
+    assert not is_self_attention(module, "layers.0.cross_attn_token_to_image")
 
 
 def test_missing_kind_names_what_there_is():
