@@ -174,6 +174,19 @@ def test_grouped_keys_of_cross_attention_conserve_the_teachers_attention():
     assert_equal_with_gradients(student, record, mass.log(), mask)
 
 
+@pytest.mark.parametrize("align", [resampled_record, grouped_record])
+def test_record_of_a_bfloat16_teacher_is_as_good_as_its_numbers(align):
+    grid, target = (4, 6), (2, 2)
+    student, record = case(grid, target)
+    rounded = record._replace(query=record.query.bfloat16(), key=record.key.bfloat16())
+    exact = record._replace(query=rounded.query.double(), key=rounded.key.double())
+    kls = []
+    for one in (exact, rounded):
+        one = align(one, grid, target, queries_are_tokens=True)
+        kls.append(attention_kl(*student, one.query, one.key, teacher_scale=one.scale).kl)
+    torch.testing.assert_close(kls[1], kls[0], rtol=1e-5, atol=1e-5)
+
+
 def test_group_tokens_by_hand():
     tokens = torch.arange(2 * 4.0).reshape(1, 1, 8, 1)
     # 0 1 | 2 3

@@ -59,6 +59,7 @@ def test_step_is_one_graph_before_backward(models):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Dynamo")  # of what the detection loss calls
 def test_detection_loss_breaks_the_graph_but_the_operator_does_not(models):
     student, batch = models[1], tiny_batch(labels=True)
     with AttentionDistiller(*models) as distiller:

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import ViTConfig, ViTModel
 
 from attn_kd.distill import AttentionDistiller, TeacherPass, TeacherRecorder
 from attn_kd.errors import InputError
@@ -179,6 +180,20 @@ def test_unknown_grid_must_be_given(teacher, student):
             given = TeacherPass(recorder(images(GRID)).records)
         with pytest.raises(InputError, match=r"128 tokens of teacher .*teacher_grid=\(h, w\)"):
             distiller.run(images(TARGET), teacher_pass=given)
+
+
+def test_class_tokens_have_no_place_on_a_grid():
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    config = ViTConfig(num_hidden_layers=1, patch_size=8, image_size=32, **sizes)
+    teacher, student = ViTModel(config), ViTModel(config)
+    images = {"pixel_values": torch.randn(2, 3, 32, 32)}
+    with AttentionDistiller(teacher, student) as distiller:
+        assert distiller(**images).attention_kl > 0
+    with (
+        AttentionDistiller(teacher, student, alignment="resample") as distiller,
+        pytest.raises(InputError, match=r"grid of the 17 tokens .* no class tokens"),
+    ):
+        distiller(**images)
 
 
 def test_unknown_alignment_is_refused(teacher, student):
