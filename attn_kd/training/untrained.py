@@ -85,10 +85,10 @@ def rehearse(
     """
     collate = DetectionCollator(processor)
     given = None
-    if is_stream(dataset):
-        batch = collate([next(iter(dataset))])
-    elif teacher is None or teacher.cache is None:
-        batch = collate([dataset[0]])
+    if teacher is None or teacher.cache is None:
+        batch = collate([next(iter(dataset)) if is_stream(dataset) else dataset[0]])
+    elif is_stream(dataset):
+        raise InputError("a teacher cache is of the images of a data folder, not of a stream")
     else:
         images = Source(ViewedItems(dataset, views=1, seed=0), collate)
         layers = distilled_layers(model, teacher.model, config)

@@ -140,6 +140,13 @@ def test_other_data_is_refused_before_the_folder_is_made(
     assert not (tmp_path / "out").exists()
 
 
+def test_stream_of_images_is_refused(config, distill, tiny_cache):
+    from attn_kd.data.needle import NeedleStream
+
+    with pytest.raises(InputError, match="of the images of a data folder, not of a stream"):
+        distill(config, "out", tiny_cache.folder, TrainingData(NeedleStream()))
+
+
 def test_teacher_given_beside_must_be_that_of_the_cache(
     config, tiny_cache, tiny_data, tiny_teacher, tmp_path
 ):
