@@ -112,8 +112,10 @@ def test_bad_input_is_one_line(data, tmp_path, capsys, arguments, message):
         (["--head-map", "0", "1", "2", "9"], "names head 9"),
         (["--head-map", "0", "--head-reduction", "mean"], "averages heads"),
         (["--layer-kinds", "decoder_self", "decoder_self"], "each once"),
+        # Its backbone has twice the stride of the teacher's.
+        (["--preset", "detr-r50", "--own-backbone"], 'alignment="resample" or "group"'),
     ],
-    ids=["head", "averaged", "kinds"],
+    ids=["head", "averaged", "kinds", "grid"],
 )
 def test_what_cannot_be_compared_is_said_before_anything_is_written(
     teacher, data, tmp_path, capsys, arguments, message
