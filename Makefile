@@ -3,7 +3,7 @@
 #
 #   make demo    the main job, small: teacher, baseline and distilled student; report in demo/
 #   make test    all tests
-#   make bench   the benchmarks, then the table for the README
+#   make bench   the benchmarks (a quarter of an hour), then tables and, in bench/figures/, figures
 #   make lint    formatting, lint and types
 #   make format  formats Python and C++
 #   make clean   removes what the above made, the virtual environment included
@@ -37,7 +37,7 @@ test: $(EXTENSION)
 
 bench: $(EXTENSION)
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json bench/results.json
-	$(BIN)/python -m bench.summary bench/results.json
+	$(BIN)/python -m bench.summary bench/results.json --figures bench/figures
 
 lint: $(PACKAGES)
 	$(BIN)/ruff check
@@ -52,7 +52,7 @@ format: $(PACKAGES)
 
 clean:
 	rm -rf $(VENV) build dist demo *.egg-info attn_kd/_build.json attn_kd/_C.*.so
-	rm -rf .pytest_cache .hypothesis .ruff_cache .mypy_cache .benchmarks
+	rm -rf bench/figures .pytest_cache .hypothesis .ruff_cache .mypy_cache .benchmarks
 	find attn_kd kernels bench tests -name __pycache__ -prune -exec rm -rf {} +
 
 $(ENVIRONMENT):

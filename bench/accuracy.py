@@ -13,6 +13,7 @@ QUANTITIES = ("output", "kl", "grad_query", "grad_key", "grad_value")
 # maps to 8 bits (its gradients are 1.5 % off); the others keep them in float32.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2}
 Result = tuple[Tensor | None, ...]  # of `forward` or `forward_backward`
+Errors = dict[str, dict[str, float]]  # candidate -> quantity -> relative error
 
 
 class Checker:
@@ -25,7 +26,7 @@ class Checker:
     def __init__(self, workload: Workload) -> None:
         self._workload = workload
         self._rows = workload.graded_rows()
-        self._exact: dict[tuple[int, int, bool], Result] = {}
+        self._exact: dict[tuple[int, int, bool], tuple[Tensor, ...]] = {}
 
     def errors(self, result: Result) -> dict[str, float]:
         """|x - exact| / |exact| (Frobenius) of each quantity; the larger of two heads'.
@@ -61,7 +62,7 @@ class Checker:
             )
         return errors
 
-    def _exact_head(self, batch: int, head: int, with_divergence: bool) -> Result:
+    def _exact_head(self, batch: int, head: int, with_divergence: bool) -> tuple[Tensor, ...]:
         key = (batch, head, with_divergence)
         if key not in self._exact:
             one = self._workload.head(batch, head)
@@ -80,7 +81,8 @@ def exact_head(head: Workload, *, with_divergence: bool, block: int = 1024) -> t
     weight = 1.0 if with_divergence else 0.0
     for indices in head.graded_rows().split(block):
         rows = head.rows(indices, grad_kl_factor=weight)
-        *values, grad_key, grad_value = (x.detach() for x in forward_backward(eager, rows))
+        results = (x for x in forward_backward(eager, rows) if x is not None)
+        *values, grad_key, grad_value = (x.detach() for x in results)
         by_query.append(tuple(values))
         key_gradient += grad_key
         value_gradient += grad_value

@@ -14,7 +14,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.accuracy import Checker
+from bench.accuracy import Checker, Errors
 from bench.peers import CANDIDATES, PASSES, compile_eager
 from bench.rounds import measure_in_turn
 from bench.workloads import GRID, SHAPES, Shape, Workload, make_workload
@@ -67,7 +67,7 @@ def _measure(
     dtype_name: str,
 ) -> None:
     workload, checker = _inputs(shape, dtype_name)
-    run, errors = PASSES[pass_name], {}
+    run, errors = PASSES[pass_name], Errors()
     candidates = {name: CANDIDATES[name] for name in names if name != "compiled"}
     if "compiled" in names:
         candidates["compiled"] = compile_eager(run, workload)

@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 
 from transformers import DetrForObjectDetection
 
+from bench.accuracy import Errors
 from bench.detr import SETTINGS, build_student, make_batch
 from bench.rounds import measure_in_turn
 
@@ -34,7 +35,7 @@ def test_inference(benchmark: BenchmarkFixture, budget: float, setting_name: str
     images = make_batch(setting)["pixel_values"]
     students = {name: build_student(setting, name) for name in IMPLEMENTATIONS}
     exact = detect(build_student(setting, "eager", torch.float64), images.double())
-    errors: dict[str, dict[str, float]] = {}
+    errors = Errors()
 
     def check(name: str, found: Tensor) -> None:
         error = ((found.double() - exact).norm() / exact.norm()).item()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.accuracy import Checker
+from bench.accuracy import Checker, Errors
 from bench.peers import CANDIDATES, PASSES, Candidate, forward
 from bench.rounds import measure_in_turn
 from bench.workloads import Shape, Workload, make_workload
@@ -27,7 +28,11 @@ def recorded_forward(candidate: Candidate, workload: Workload) -> object:
     return tuple(x if x is None else x.detach() for x in candidate(*workload.inputs))
 
 
-PASSES_OF_CALLS = {"forward": forward, "forward, recorded": recorded_forward, **PASSES}
+PASSES_OF_CALLS: dict[str, Callable[[Candidate, Workload], object]] = {
+    "forward": forward,
+    "forward, recorded": recorded_forward,
+    **PASSES,
+}
 
 
 @pytest.mark.parametrize("pass_name", PASSES_OF_CALLS)
@@ -36,7 +41,8 @@ def test_latency(
     benchmark: BenchmarkFixture, budget: float, shape_name: str, pass_name: str
 ) -> None:
     workload = make_workload(SMALL[shape_name], torch.float32)
-    run, checker, errors = PASSES_OF_CALLS[pass_name], Checker(workload), {}
+    run, checker = PASSES_OF_CALLS[pass_name], Checker(workload)
+    errors = Errors()
     benchmark.extra_info.update(
         {"kind": "latency", "shape": shape_name, "pass": pass_name, "dtype": "float32"},
         sizes=workload.shape._asdict(),

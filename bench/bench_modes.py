@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ SEED = 0  # of the dropout that is compared with the reference
 class Mode(NamedTuple):
     """A function of the library, with options."""
 
-    function: Callable[..., tuple[Tensor, ...]]
+    function: Callable[..., Any]
     options: dict[str, str | float]
 
     def __call__(self, workload: Workload, **backend: str) -> tuple[Tensor, ...]:

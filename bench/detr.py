@@ -20,7 +20,7 @@ from attn_kd.models import build_detr, freeze_backbone, load_backbone_weights
 from bench.peak_memory import growth_of_peak
 
 ALPHA = 0.7  # of eq. 3, the paper's best
-LEARNING_RATE = 1e-4
+LEARNING_RATE = 1e-9  # the student hardly changes, so each round measures the same step
 # How a step distils: not at all; not at all, though the teacher runs (the lower bound); by the
 # fused operator; by the maps that transformers' "eager" attention returns.
 WAYS = ("none", "teacher", "attn_kd", "eager")
@@ -62,6 +62,7 @@ class TrainingStep:
         load_backbone_weights(self.student, teacher)
         for model in (teacher, self.student):
             freeze_backbone(model)  # as in the paper
+            _scale_tokens(model)
             model.to(dtype)
             _set_attention(model, "eager" if way == "eager" else "sdpa")
         self.student.train()
@@ -125,7 +126,9 @@ def build_student(
     """The student in evaluation mode, with one of transformers' attention implementations."""
     register()
     torch.manual_seed(0)
-    student = _build(setting, 1).to(dtype).eval()
+    student = _build(setting, 1)
+    _scale_tokens(student)
+    student.to(dtype).eval()
     _set_attention(student, implementation)
     return student
 
@@ -140,8 +143,23 @@ def peak_bytes_of_step(way: str, setting: Setting) -> int:
 
 def _build(setting: Setting, layers: int) -> DetrForObjectDetection:
     # One query has one way to be matched; without dropout, all ways compute the same.
-    sizes = {"encoder_layers": layers, "decoder_layers": layers, "num_queries": 1}
-    return build_detr(setting.preset, **sizes, dropout=0.0)
+    return build_detr(
+        setting.preset, encoder_layers=layers, decoder_layers=layers, num_queries=1, dropout=0.0
+    )
+
+
+@torch.no_grad()
+def _scale_tokens(model: DetrForObjectDetection) -> None:
+    """Make the encoder's tokens of size 1, as a trained backbone and projection would.
+
+    Those of a random ResNet-50 are hundreds of times larger, and all attention is one-hot.
+    """
+    batch = make_batch(SETTINGS["detr-tiny-128"])
+    features, _ = model.model.backbone(batch["pixel_values"], batch["pixel_mask"])[-1]
+    projection = model.model.input_projection
+    size = projection(features).std()
+    projection.weight /= size
+    projection.bias /= size
 
 
 def _set_attention(model: DetrForObjectDetection, implementation: str) -> None:

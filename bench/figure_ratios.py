@@ -52,7 +52,7 @@ def _draw_panel(
             present = [n for n in drawn if shape in by_shape and n in by_shape[shape].seconds]
             if name in present:  # the bars of a shape stay together where a candidate is missing
                 places.append(row + (present.index(name) - (len(present) - 1) / 2) * step)
-                ratios.append(by_shape[shape].ratio(YARDSTICK, name))
+                ratios.append(by_shape[shape].median(name) / by_shape[shape].median(YARDSTICK))
         bars = axes.barh(places, ratios, height=BAR * step, color=COLOURS[name], label=LABELS[name])
         for bar, ratio in zip(bars, ratios, strict=True):
             # beside the bar, or beside the dashed line where it would cross the figures

@@ -1,14 +1,15 @@
 """Peak memory of a piece of work, in a process of its own.
 
 The figure is the growth of the process's resident set from the moment the inputs exist: what a
-user's machine would need on top of them, the allocator's and the threads' scratch space included.
-Linux only. ``python -m bench.peak_memory THREADS CANDIDATE B H Lq Lk D`` prints it, in bytes, of
-one candidate's forward and backward.
+user's machine would need on top of them, the threads' scratch space included. Linux only.
+``python -m bench.peak_memory THREADS CANDIDATE B H Lq Lk D`` prints it, in bytes, of one
+candidate's forward and backward.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,13 +22,20 @@ from bench.workloads import Shape, make_workload
 
 STATUS = Path("/proc/self/status")
 RESET_PEAK = "5"  # proc(5), /proc/pid/clear_refs
+# Larger blocks go back to the system when they are freed. This is where glibc starts; but it adapts,
+# and then what the heap happens to keep changes the figure of a whole model by a third.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(128 * 1024)}
 
 
 def peak_bytes_in_subprocess(module: str, *arguments: object) -> int:
     """What ``python -m MODULE THREADS ARGUMENTS`` prints, with this process's number of threads."""
     words = [str(argument) for argument in (torch.get_num_threads(), *arguments)]
     done = subprocess.run(
-        [sys.executable, "-m", module, *words], check=True, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", module, *words],
+        env={**os.environ, **ALLOCATOR},
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     return int(done.stdout)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -70,7 +70,7 @@ def seconds_of(function: Function) -> float:
 
 def measure_in_turn(
     benchmark: BenchmarkFixture,
-    functions: dict[str, Function],
+    functions: Mapping[str, Function],
     *,
     budget: float,
     calls: int = 1,
