@@ -11,7 +11,10 @@ from torch.nn import functional as F
 from transformers import ViTConfig, ViTModel
 
 from attn_kd.distill import AttentionDistiller, TeacherPass, TeacherRecorder
+from attn_kd.distill.fitting import ModelGrid, PairFit
+from attn_kd.distill.layers import LayerPair
 from attn_kd.errors import InputError
+from attn_kd.nn.taps import AttentionRecord
 from tests.distill.explicit import explicit_kl, gradients
 from tests.distill.test_alignment import membership, resampling_matrix
 from tests.tiny_detr import STRIDE, tiny_batch, tiny_detr, token_mask
@@ -104,6 +107,16 @@ def test_alignment_of_equal_grids_changes_nothing(teacher, student, alignment):
         expected = distiller(**batch).attention_kl
     with AttentionDistiller(teacher, student, alignment=alignment) as distiller:
         assert distiller(**batch).attention_kl == expected
+
+
+def test_record_on_the_students_grid_keeps_its_lse():
+    layer = torch.nn.Identity()
+    pair = LayerPair("student", layer, "teacher", layer, "encoder_self")
+    grids = [ModelGrid(role, (2, 3), None) for role in ("student", "teacher")]
+    fit = PairFit(pair, "group", None, *grids)
+    tokens, lse = torch.zeros(1, 1, 6, 4), torch.zeros(1, 1, 6)
+    record = AttentionRecord(tokens, tokens, lse, None)
+    assert fit(record, tokens, tokens) is record
 
 
 def test_decoder_self_attention_has_no_grid(teacher, student):
