@@ -22,8 +22,8 @@ from bench.workloads import Shape, make_workload
 
 STATUS = Path("/proc/self/status")
 RESET_PEAK = "5"  # proc(5), /proc/pid/clear_refs
-# Larger blocks go back to the system when they are freed. This is where glibc starts; but it adapts,
-# and then what the heap happens to keep changes the figure of a whole model by a third.
+# Larger blocks go back to the system when freed. This is where glibc starts; but then it adapts,
+# and what the heap happens to keep changes the figure of a whole model by a third.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(128 * 1024)}
 
 
