@@ -1,8 +1,9 @@
 """The whole training step under torch.compile: teacher, student, loss and backward pass.
 
 Counted with torch 2.13 and transformers 5.23: teacher, student and divergence are one graph, and
-the call of backward() is the one break. With DETR's own detection loss there are 19 graphs: its
-Hungarian matching runs in SciPy and its checks branch on values. None of the breaks is attn_kd's.
+the call of backward() is the one break. With DETR's own detection loss there are 18 (19 graphs)
+or, beside a recorded teacher, 17: its Hungarian matching runs in SciPy and its checks branch on
+values. None of the breaks is attn_kd's.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 import attn_kd
-from attn_kd.distill import AttentionDistiller, distillation_loss
+from attn_kd.distill import AttentionDistiller, TeacherRecorder, distillation_loss
 from tests.tiny_detr import tiny_batch, tiny_detr
 
 
@@ -63,9 +64,13 @@ def test_step_is_one_graph_before_backward(models):
 def test_detection_loss_breaks_the_graph_but_the_operator_does_not(models):
     student, batch = models[1], tiny_batch(labels=True)
     with AttentionDistiller(*models) as distiller:
+        # Dynamo traces a frame anew for every function that a break lies in: the teacher stays out.
+        with TeacherRecorder(models[0], distiller.layers.values()) as recorder:
+            given = recorder({name: batch[name] for name in ("pixel_values", "pixel_mask")})
 
         def step(batch):
-            loss = distillation_loss(distiller(**batch), alpha=0.7).total
+            result = distiller.run(batch, teacher_pass=given)
+            loss = distillation_loss(result, alpha=0.7).total
             loss.backward()
             return loss.detach()
 
@@ -84,7 +89,7 @@ def test_detection_loss_breaks_the_graph_but_the_operator_does_not(models):
         node.target
         for graph in explained.graphs
         for node in graph.graph.nodes
-        if "attention_kl" in str(node.target)
+        if node.op == "call_function" and "attention_kl_forward" in str(node.target)
     ]
-    assert len(operators) == 2  # the teacher's and the student's
-    assert explained.graph_break_count <= 18
+    assert len(operators) == 1
+    assert explained.graph_break_count <= 17
