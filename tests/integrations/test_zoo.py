@@ -142,8 +142,9 @@ def test_distillation_step_is_that_of_eager_maps(family: Family, kind: str):
     assert truth[1].norm() > 1e-3
     torch.testing.assert_close(step.fused(torch.float64), truth, rtol=1e-6, atol=1e-9)
     fused, eager = step.fused(torch.float32), step.eager(torch.float32)
-    # Eager's roundings may cancel by luck in a single number, but not in a whole gradient.
-    for ours, theirs, exact, roundings in zip(fused, eager, truth, (32, 8), strict=True):
+    # Twice eager's error, and some roundings: in a single number eager's may cancel by luck, and in
+    # the gradient the teacher's LSE, kept in float32, and the other layers' SDPA have their own.
+    for ours, theirs, exact, roundings in zip(fused, eager, truth, (32, 16), strict=True):
         error, bar = ((x.double() - exact).norm() for x in (ours, theirs))
         assert error <= 2 * bar + roundings * torch.finfo(torch.float32).eps * exact.norm()
 
