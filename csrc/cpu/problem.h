@@ -8,7 +8,7 @@ namespace attn_kd::cpu {
 
 enum class DType : int8_t { f32, f64, bf16, f16, boolean };
 
-enum class Divergence : int8_t { none, reverse_kl, forward_kl };
+enum class Divergence : int8_t { none, reverse_kl, forward_kl, js, mse };
 
 // A [B, H, L, width] tensor with unit last stride, or an absent one (data == nullptr).
 template <class Pointer>
@@ -42,19 +42,37 @@ inline constexpr int64_t kChunkKeys = 512;
 template <class T>
 inline constexpr int64_t kPanel = kPanelBytes / static_cast<int64_t>(sizeof(T));
 
+// Which entries of the map are dropped on their way to the output: word `key % 4` of Philox4x32-10
+// with this key, of the counter (key / 4, query row, b * H + h, offset), where it is below the
+// threshold. So the noise depends on nothing but the entry.
+struct DropoutNoise {
+  uint32_t threshold = 0;  // 0: no dropout
+  uint32_t key[2] = {0, 0};
+  uint32_t offset = 0;
+  double keep_factor = 1;  // 1 / (1 - p), which kept entries are multiplied by
+};
+
 struct Problem {
   int64_t batch = 0, heads = 0, query_length = 0, key_length = 0;
   int64_t head_dim = 0, value_dim = 0, teacher_dim = 0;  // D, Dv, Dt
+  int64_t teacher_heads = 0;                             // Ht, H unless heads are averaged
+  int64_t teacher_keys_per_key = 1;                      // G teacher keys are one of the student's
+  bool average_heads = false;                            // before the maps are compared
   double scale = 1, teacher_scale = 1;
   Divergence divergence = Divergence::none;
-  Input query, key, value;  // [B, H, Lq, D], [B, H, Lk, D], [B, H, Lk, Dv]
-  Input teacher_query,
-      teacher_key;  // [B, H, Lq, Dt], [B, H, Lk, Dt]; absent when divergence == none
-  Input mask;       // [B, H, Lq, Lk], bool or additive
+  DropoutNoise dropout;
+  Input query, key, value;           // [B, H, Lq, D], [B, H, Lk, D], [B, H, Lk, Dv]
+  Input teacher_query, teacher_key;  // [B, Ht, Lq, Dt], [B, Ht, G * Lk, Dt]; or absent
+  Input mask;                        // [B, H, Lq, Lk], bool or additive
 };
 
 // Per-row values (kl, lse, ...) are contiguous [B, H, Lq] in the accumulation type: double where
-// the inputs are double, else float. Logarithms are natural.
+// the inputs are double, else float. Logarithms are natural, but for the origin.
+//
+// The backward pass knows a row's map by its origin, the highest base-2 logit m, and its inverse
+// sum, 1 / sum_j 2^(s_j - m), which is 0 where the row sees no key: a_j = 2^(s_j - m) * inverse_sum
+// is exact to the last digits, which a map recomputed from one rounded LSE is not. The correction
+// is what the gradient of the divergence needs beside them: for reverse_kl sum_j a_j (s_j - t_j).
 struct ForwardProblem : Problem {
   int64_t panels_per_task = 1;  // at most kMaxPanelsPerTask
   const void* given_teacher_lse = nullptr;
@@ -62,12 +80,16 @@ struct ForwardProblem : Problem {
   void* kl = nullptr;
   void* lse = nullptr;
   void* teacher_lse = nullptr;  // written when not given
+  void* origin = nullptr;
+  void* inverse_sum = nullptr;
+  void* correction = nullptr;
 };
 
 struct BackwardProblem : Problem {
   Input output, grad_output;  // [B, H, Lq, Dv]; absent when no gradient reaches the output
-  const void* kl = nullptr;
-  const void* lse = nullptr;
+  const void* origin = nullptr;
+  const void* inverse_sum = nullptr;
+  const void* correction = nullptr;
   const void* teacher_lse = nullptr;
   const void* grad_kl = nullptr;   // may be absent
   const void* grad_lse = nullptr;  // may be absent

@@ -20,22 +20,24 @@ using cpu::kChunkKeys;
 // Keys of a backward tile: a multiple of the micro-kernels' 6 and 12 rows; three tiles are 36 KiB.
 inline constexpr int64_t kBackwardKeys = 48;
 
-// dS = A (dP + offset + divergence part), in place: logits becomes A, grad_probability becomes dS.
+// dS = P (dP + offset + divergence part), in place: logits becomes P = 2^(S - origin), and
+// grad_probability becomes dS. Everything that P is multiplied by, here and in dV, has the rows'
+// inverse sums folded in: normalising the map costs nothing per element.
 template <class Div, class T>
-inline void grad_sweep(T* logits, const T* teacher, T* grad_probability, int64_t keys, vec<T> lse,
-                       vec<T> teacher_lse, vec<T> offset, vec<T> slope) {
+inline void grad_sweep(T* logits, const T* teacher, T* grad_probability, int64_t keys,
+                       vec<T> origin, vec<T> teacher_lse, vec<T> offset, vec<T> slope) {
   for (int64_t at = 0; at < keys * kPanel<T>; at += kPanel<T>) {
     const vec<T> s = load(logits + at);
-    const vec<T> a = exp2<T>(s - lse);
-    store<T>(logits + at, a);
+    const vec<T> p = exp2<T>(s - origin);
+    store<T>(logits + at, p);
     const vec<T> dp = load(grad_probability + at) + offset;
     if constexpr (Div::kTeacher) {
       const vec<T> t = load(teacher + at);
       vec<T> b{};
       if constexpr (Div::kTeacherProbability) b = exp2<T>(t - teacher_lse);
-      store<T>(grad_probability + at, Div::grad_logit(a, b, s - t, dp, slope));
+      store<T>(grad_probability + at, Div::grad_logit(p, b, s - t, dp, slope));
     } else {
-      store<T>(grad_probability + at, a * dp);
+      store<T>(grad_probability + at, p * dp);
     }
   }
 }
@@ -49,6 +51,7 @@ class BackwardWorker {
         head_ld_(round_up(problem.head_dim, kLanes<T>)),
         value_ld_(round_up(value_dim_, kLanes<T>)),
         chunk_(min(kChunkKeys, problem.key_length)),
+        tile_keys_(min(kBackwardKeys, chunk_)),
         key_(scratch.take(chunk_ * p_.head_dim)),
         teacher_key_(scratch.take(chunk_ * p_.teacher_dim)),
         value_(scratch.take(chunk_ * value_dim_)),
@@ -61,14 +64,14 @@ class BackwardWorker {
         teacher_query_(scratch.take(P * p_.teacher_dim)),
         grad_output_(scratch.take(P * value_dim_)),
         grad_query_(scratch.take(P * p_.head_dim)),
-        logits_(scratch.take(P * kBackwardKeys)),
-        teacher_logits_(scratch.take(P * kBackwardKeys)),
-        grad_probability_(scratch.take(P * kBackwardKeys)),
-        lse_(scratch.take(P)),
+        logits_(scratch.take(P * tile_keys_)),
+        teacher_logits_(scratch.take(Div::kTeacher ? P * tile_keys_ : 0)),
+        grad_probability_(scratch.take(P * tile_keys_)),
+        origin_(scratch.take(P)),
         teacher_lse_(scratch.take(P)),
         offset_(scratch.take(P)),
         slope_(scratch.take(P)),
-        bias_(problem.mask, scratch, kBackwardKeys) {}
+        bias_(problem.mask, scratch, tile_keys_) {}
 
   void key_range(int64_t b, int64_t h, int64_t split, int64_t begin, int64_t end) {
     for (int64_t first = begin; first < end; first += chunk_) {
@@ -77,8 +80,8 @@ class BackwardWorker {
       for (int64_t row = 0; row < p_.query_length; row += P) {
         const int64_t rows = min(p_.query_length - row, P);
         start_panel(b, h, row, rows);
-        for (int64_t key = 0; key < keys; key += kBackwardKeys) {
-          const int64_t tile_keys = min(keys - key, kBackwardKeys);
+        for (int64_t key = 0; key < keys; key += tile_keys_) {
+          const int64_t tile_keys = min(keys - key, tile_keys_);
           if (bias_.read(b, h, row, rows, first + key, tile_keys)) tile(key, tile_keys, rows);
         }
         finish_panel(split * p_.batch + b, h, row, rows, first == begin);
@@ -117,35 +120,40 @@ class BackwardWorker {
     if (value_dim_) {
       load_rows(p_.output, b, h, row, rows, value_dim_, rows_, value_ld_);
       load_rows(p_.grad_output, b, h, row, rows, value_dim_, grad_output_rows_, value_ld_);
-      transpose_to_panel(grad_output_rows_, value_ld_, rows, value_dim_, T(1), grad_output_);
     }
     row_constants((b * p_.heads + h) * p_.query_length + row, rows);
+    transpose_to_panel(grad_output_rows_, value_ld_, rows, value_dim_, T(1), grad_output_);
   }
 
-  // Per row: base-2 LSEs, and what of dS does not depend on the key. Lanes without a row, and rows
-  // that see no key, get an infinite LSE, so that their probabilities are exactly 0.
+  // Per row: what of dS does not depend on the key, and the inverse sum, which goes into the rows
+  // of dO too. Lanes without a row, and rows that see no key, get an infinite origin, so that their
+  // probabilities are exactly 0.
   void row_constants(int64_t at, int64_t rows) {
     const auto read = [at](const void* values, int64_t row) {
       return values ? static_cast<double>(static_cast<const T*>(values)[at + row]) : 0.0;
     };
-    fill(lse_, P, static_cast<T>(__builtin_inf()));
+    fill(origin_, P, static_cast<T>(__builtin_inf()));
     fill(teacher_lse_, P, static_cast<T>(__builtin_inf()));
     fill(offset_, P, T(0));
     fill(slope_, P, T(0));
     for (int64_t row = 0; row < rows; ++row) {
-      const double lse = kLog2e * read(p_.lse, row);
-      if (lse == -__builtin_inf()) continue;
-      lse_[row] = static_cast<T>(lse);
-      double offset = read(p_.grad_lse, row) -
-                      dot(grad_output_rows_ + row * value_ld_, rows_ + row * value_ld_, value_ld_);
+      T* grad_output = grad_output_rows_ + row * value_ld_;
+      const double inverse_sum = read(p_.inverse_sum, row);
+      if (inverse_sum == 0) {
+        fill(grad_output, value_ld_, T(0));
+        continue;
+      }
+      origin_[row] = static_cast<T>(read(p_.origin, row));
+      double offset = read(p_.grad_lse, row) - dot(grad_output, rows_ + row * value_ld_, value_ld_);
       if constexpr (Div::kTeacher) {
         const double grad = read(p_.grad_kl, row);
-        const double teacher_lse = kLog2e * read(p_.teacher_lse, row);
-        teacher_lse_[row] = static_cast<T>(teacher_lse);
-        offset += Div::offset(grad, read(p_.kl, row), lse, teacher_lse);
-        slope_[row] = static_cast<T>(Div::slope(grad));
+        teacher_lse_[row] = static_cast<T>(kLog2e * read(p_.teacher_lse, row));
+        offset += Div::offset(grad, read(p_.correction, row));
+        slope_[row] = static_cast<T>(Div::slope(grad, inverse_sum));
       }
-      offset_[row] = static_cast<T>(offset);
+      offset_[row] = static_cast<T>(offset * inverse_sum);
+      for (int64_t column = 0; column < value_dim_; ++column)
+        grad_output[column] *= static_cast<T>(inverse_sum);
     }
   }
 
@@ -179,7 +187,7 @@ class BackwardWorker {
                        grad_probability_, P);
     for (int64_t lane = 0; lane < vectors * kLanes<T>; lane += kLanes<T>)
       grad_sweep<Div>(logits_ + lane, teacher_logits_ + lane, grad_probability_ + lane, keys,
-                      load(lse_ + lane), load(teacher_lse_ + lane), load(offset_ + lane),
+                      load(origin_ + lane), load(teacher_lse_ + lane), load(offset_ + lane),
                       load(slope_ + lane));
     gemm<true, true>(p_.head_dim, vectors, keys, Left<T>{k, 1, p_.head_dim}, grad_probability_, P,
                      grad_query_, P);
@@ -200,10 +208,10 @@ class BackwardWorker {
   }
 
   const BackwardProblem& p_;
-  const int64_t value_dim_, head_ld_, value_ld_, chunk_;
+  const int64_t value_dim_, head_ld_, value_ld_, chunk_, tile_keys_;
   T *key_, *teacher_key_, *value_, *grad_key_, *grad_value_;
   T *query_rows_, *grad_output_rows_, *rows_, *query_, *teacher_query_, *grad_output_, *grad_query_;
-  T *logits_, *teacher_logits_, *grad_probability_, *lse_, *teacher_lse_, *offset_, *slope_;
+  T *logits_, *teacher_logits_, *grad_probability_, *origin_, *teacher_lse_, *offset_, *slope_;
   Bias<T> bias_;
 };
 
@@ -225,6 +233,8 @@ void backward(const BackwardProblem& problem, int64_t begin, int64_t end) {
     case cpu::Divergence::none: return backward_tasks<NoDivergence, T>(problem, begin, end);
     case cpu::Divergence::reverse_kl: return backward_tasks<ReverseKL, T>(problem, begin, end);
     case cpu::Divergence::forward_kl: return backward_tasks<ForwardKL, T>(problem, begin, end);
+    case cpu::Divergence::js:
+    case cpu::Divergence::mse: return;  // take two passes
   }
 }
 

@@ -126,12 +126,19 @@ struct QueryPanel {
   RunningSums<T> sums;
   int64_t first_row = 0, rows = 0;
 
-  QueryPanel(const ForwardProblem& p, Scratch<T>& scratch)
-      : query(scratch.take(kPanel<T> * p.head_dim)),
-        teacher_query(scratch.take(kPanel<T> * p.teacher_dim)),
-        output(scratch.take(kPanel<T> * p.value_dim)),
-        sums(scratch) {}
+  QueryPanel(const ForwardProblem& p, Scratch<T>& scratch, int64_t index)
+      : QueryPanel(p, scratch, Lanes{index < p.panels_per_task ? kPanel<T> : 0}) {}
   int64_t vectors() const { return round_up(rows, kLanes<T>) / kLanes<T>; }
+
+ private:
+  struct Lanes {
+    int64_t count;  // 0 for a panel that the task does not use, which then takes no memory
+  };
+  QueryPanel(const ForwardProblem& p, Scratch<T>& scratch, Lanes lanes)
+      : query(scratch.take(lanes.count * p.head_dim)),
+        teacher_query(scratch.take(lanes.count * p.teacher_dim)),
+        output(scratch.take(lanes.count * p.value_dim)),
+        sums(scratch) {}
 };
 
 // One thread's forward work; its scratch does not depend on the sequence lengths.
@@ -140,21 +147,25 @@ class ForwardWorker {
  public:
   ForwardWorker(const ForwardProblem& problem, Scratch<T>& scratch)
       : p_(problem),
-        panels_{{problem, scratch}, {problem, scratch}, {problem, scratch}, {problem, scratch}},
+        panels_{{problem, scratch, 0},
+                {problem, scratch, 1},
+                {problem, scratch, 2},
+                {problem, scratch, 3}},
+        tile_keys_(min(kForwardKeys, problem.key_length)),
         rows_(scratch.take(P * widest(problem))),
-        key_(scratch.take(kForwardKeys * problem.head_dim)),
-        teacher_key_(scratch.take(kForwardKeys * problem.teacher_dim)),
-        value_(scratch.take(kForwardKeys * problem.value_dim)),
-        logits_(scratch.take(kForwardKeys * P)),
-        teacher_logits_(scratch.take(kForwardKeys * P)),
-        bias_(problem.mask, scratch, kForwardKeys) {}
+        key_(scratch.take(tile_keys_ * problem.head_dim)),
+        teacher_key_(scratch.take(tile_keys_ * problem.teacher_dim)),
+        value_(scratch.take(tile_keys_ * problem.value_dim)),
+        logits_(scratch.take(tile_keys_ * P)),
+        teacher_logits_(scratch.take(Div::kTeacher ? tile_keys_ * P : 0)),
+        bias_(problem.mask, scratch, tile_keys_) {}
 
   void rows(int64_t b, int64_t h, int64_t first_row) {
     int64_t panels = 0;
     for (; panels < p_.panels_per_task && first_row < p_.query_length; ++panels, first_row += P)
       start(panels_[panels], b, h, first_row);
-    for (int64_t first = 0; first < p_.key_length; first += kForwardKeys) {
-      const int64_t keys = min(p_.key_length - first, kForwardKeys);
+    for (int64_t first = 0; first < p_.key_length; first += tile_keys_) {
+      const int64_t keys = min(p_.key_length - first, tile_keys_);
       load_rows(p_.key, b, h, first, keys, p_.head_dim, key_, p_.head_dim);
       if constexpr (Div::kTeacher)
         load_rows(p_.teacher_key, b, h, first, keys, p_.teacher_dim, teacher_key_, p_.teacher_dim);
@@ -223,6 +234,9 @@ class ForwardWorker {
     for (int64_t row = 0; row < panel.rows; ++row) {
       const bool sees_no_key = sums.seen[row] == 0;
       inverse_sum[row] = sees_no_key ? T(0) : 1 / sums.sum[row];
+      static_cast<T*>(p_.origin)[at + row] = sums.max[row] == kMasked<T> ? T(0) : sums.max[row];
+      static_cast<T*>(p_.inverse_sum)[at + row] = inverse_sum[row];
+      static_cast<T*>(p_.correction)[at + row] = 0;
       // In double: the divergence is a small difference of these logarithms.
       const double sum = static_cast<double>(sums.sum[row]);
       const double lse = sees_no_key ? -__builtin_inf() : sums.max[row] + __builtin_log2(sum);
@@ -237,6 +251,9 @@ class ForwardWorker {
         const double divergence = Div::finish(static_cast<double>(sums.weighted[row]), sum,
                                               teacher_sum, lse, teacher_lse);
         static_cast<T*>(p_.kl)[at + row] = static_cast<T>(sees_no_key ? 0 : kLn2 * divergence);
+        if (!sees_no_key)
+          static_cast<T*>(p_.correction)[at + row] =
+              static_cast<T>(Div::correction(static_cast<double>(sums.weighted[row]), sum));
       }
     }
     transpose_from_panel(panel.output, panel.rows, p_.value_dim, inverse_sum, rows_, p_.value_dim);
@@ -246,6 +263,7 @@ class ForwardWorker {
 
   const ForwardProblem& p_;
   QueryPanel<T> panels_[cpu::kMaxPanelsPerTask];
+  const int64_t tile_keys_;
   T *rows_, *key_, *teacher_key_, *value_, *logits_, *teacher_logits_;
   Bias<T> bias_;
 };
@@ -273,6 +291,8 @@ void forward(const ForwardProblem& problem, int64_t begin, int64_t end) {
     case cpu::Divergence::forward_kl:
       return given ? forward_tasks<ForwardKL, true, T>(problem, begin, end)
                    : forward_tasks<ForwardKL, false, T>(problem, begin, end);
+    case cpu::Divergence::js:
+    case cpu::Divergence::mse: return;  // take two passes
   }
 }
 
