@@ -21,6 +21,12 @@ PYBIND11_MODULE(_C, m) {
       "The kernels' 2**x of a contiguous float32 or float64 CPU tensor, for tests of its "
       "accuracy.");
   m.def(
+      "log2", [](const at::Tensor& x) { return attn_kd::cpu::log2(x); }, py::arg("x"),
+      "The kernels' log2(x) of a contiguous float32 or float64 CPU tensor of normal numbers, "
+      "likewise.");
+  m.def("philox", &attn_kd::cpu::philox, py::arg("counters"), py::arg("key0"), py::arg("key1"),
+        "The words [n, 4] of the kernels' Philox4x32-10 for counters [n, 4], likewise.");
+  m.def(
       "features",
       [] {
         py::dict features;

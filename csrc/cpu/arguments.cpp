@@ -64,7 +64,8 @@ void check_tensor(const char* name, const Tensor& x, at::IntArrayRef expected) {
 
 OptionalTensor row_values(const OptionalTensor& x, at::IntArrayRef expected,
                           at::ScalarType accumulation) {
-  if (!x.has_value() || x->numel() == 0) return std::nullopt;
+  const std::array<int64_t, 1> nothing{0};
+  if (!x.has_value() || x->sizes() == at::IntArrayRef(nothing)) return std::nullopt;
   TORCH_CHECK_VALUE(x->sizes() == expected, "attn_kd: expected a per-row tensor of shape ",
                     expected, ", got ", x->sizes());
   TORCH_CHECK_VALUE(x->device().is_cpu(), "attn_kd: expected a per-row tensor on cpu, got one on ",
@@ -156,6 +157,8 @@ void Arguments::set_teacher(const Tensor& query, const Tensor& key, const Option
   teacher_key_ = unit_last_stride(key);
   p.teacher_query = input(teacher_query_);
   p.teacher_key = input(teacher_key_);
+  TORCH_CHECK_TYPE(!lse || lse->scalar_type() == at::kFloat || lse->scalar_type() == at::kDouble,
+                   "attn_kd: teacher_lse is ", lse->scalar_type(), ", expected float32");
   teacher_lse_ = row_values(lse, std::array{p.batch, p.teacher_heads, p.query_length},
                             accumulation_type(query_));
 }

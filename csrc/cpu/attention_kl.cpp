@@ -37,25 +37,73 @@ void run(Kernel kernel, const AnyProblem& problem, int64_t tasks) {
   at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { kernel(problem, begin, end); });
 }
 
-void refuse_what_is_missing(const Problem& p) {
-  TORCH_CHECK_NOT_IMPLEMENTED(p.divergence != Divergence::js && p.divergence != Divergence::mse,
-                              "attn_kd: divergences js and mse are not available yet");
-  TORCH_CHECK_NOT_IMPLEMENTED(!p.average_heads,
-                              "attn_kd: head_reduction='mean' is not available yet");
-  TORCH_CHECK_NOT_IMPLEMENTED(p.teacher_keys_per_key == 1,
-                              "attn_kd: grouped teacher keys are not available yet");
-  TORCH_CHECK_NOT_IMPLEMENTED(p.dropout.threshold == 0, "attn_kd: dropout is not available yet");
+int64_t panels_of(const Problem& p, bool in_double) {
+  const int64_t panel = in_double ? kPanel<double> : kPanel<float>;
+  return (p.query_length + panel - 1) / panel;
 }
 
-void run_forward(ForwardProblem& p, bool in_double) {
-  const int64_t panel = in_double ? kPanel<double> : kPanel<float>;
-  const int64_t panels = (p.query_length + panel - 1) / panel;
+void run_one_pass(ForwardProblem& p, bool in_double) {
+  const int64_t panels = panels_of(p, in_double);
   // Four tasks a thread at least, before panels are taken together.
   p.panels_per_task = std::clamp<int64_t>(p.batch * p.heads * panels / (4 * at::get_num_threads()),
                                           1, std::min(panels, kMaxPanelsPerTask));
   const int64_t tasks_per_head = (panels + p.panels_per_task - 1) / p.panels_per_task;
   const Kernels& kernels = active_kernels();
   run(in_double ? kernels.forward_f64 : kernels.forward_f32, p, p.batch * p.heads * tasks_per_head);
+}
+
+// The per-row results of a forward pass that nobody wants.
+struct UnwantedRows {
+  Tensor rows;
+
+  // Points kl at them, and with `all` the rows of everything but the teacher's LSE.
+  UnwantedRows(ForwardProblem& p, bool all, const Tensor& like, at::ScalarType accumulation)
+      : rows(empty({all ? 5 : 1, p.batch, p.heads, p.query_length}, like, accumulation)) {
+    auto* data = static_cast<char*>(rows.mutable_data_ptr());
+    p.kl = data;
+    if (!all) return;
+    const size_t bytes = rows.nbytes() / 5;
+    p.lse = data + bytes;
+    p.origin = data + 2 * bytes;
+    p.inverse_sum = data + 3 * bytes;
+    p.correction = data + 4 * bytes;
+  }
+};
+
+// The teacher's LSE alone: as that of the teacher of a student without width.
+void run_teacher_lse(const ForwardProblem& p, const Tensor& like, at::ScalarType accumulation) {
+  ForwardProblem teacher = p;
+  teacher.divergence = Divergence::reverse_kl;
+  teacher.average_heads = false;
+  teacher.heads = p.teacher_heads;
+  teacher.head_dim = teacher.value_dim = 0;
+  teacher.query = teacher.key = teacher.value = teacher.teacher_query;
+  teacher.output.dtype = teacher.query.dtype;
+  teacher.dropout = {};
+  const UnwantedRows unwanted(teacher, true, like, accumulation);
+  run_one_pass(teacher, accumulation == at::kDouble);
+}
+
+// Ordinary attention first, with the teacher's LSE where it is wanted, then the divergence.
+void run_two_passes(ForwardProblem& p, const Tensor& like, at::ScalarType accumulation) {
+  const bool in_double = accumulation == at::kDouble;
+  const bool wants_lse = p.given_teacher_lse == nullptr, pairs = p.heads == p.teacher_heads;
+  ForwardProblem first = p;
+  first.average_heads = false;
+  if (wants_lse && pairs) {
+    first.divergence = Divergence::reverse_kl;
+    const UnwantedRows unwanted(first, false, like, accumulation);
+    run_one_pass(first, in_double);
+  } else {
+    first.divergence = Divergence::none;
+    first.teacher_dim = 0;
+    run_one_pass(first, in_double);
+    if (wants_lse) run_teacher_lse(p, like, accumulation);
+  }
+  const int64_t groups = p.batch * (p.average_heads ? 1 : p.heads);
+  const Kernels& kernels = active_kernels();
+  run(in_double ? kernels.two_pass_forward_f64 : kernels.two_pass_forward_f32, p,
+      groups * panels_of(p, in_double));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_kl_forward(
@@ -68,15 +116,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_kl_forward(
   const Arguments in(query, key, value, teacher_query, teacher_key, teacher_lse, attn_mask,
                      dropout_seed, {scale, teacher_scale, divergence, head_reduction, dropout_p});
   ForwardProblem p{in.problem()};
-  refuse_what_is_missing(p);
   const bool teacher = p.divergence != Divergence::none;
   const bool computes_teacher_lse = teacher && !in.teacher_lse();
 
   const at::ScalarType accumulation = accumulation_type(query);
   const std::array rows{p.batch, p.heads, p.query_length};
+  const std::array group_rows{p.batch, p.query_length};
   Tensor out = empty_heads_after_length(p.batch, p.heads, p.query_length, p.value_dim, query);
   Tensor lse = empty(rows, query, accumulation);
-  Tensor kl = teacher ? empty(rows, query, accumulation) : empty({0}, query, accumulation);
+  Tensor kl = !teacher          ? empty({0}, query, accumulation)
+              : p.average_heads ? empty(group_rows, query, accumulation)
+                                : empty(rows, query, accumulation);
   Tensor own_teacher_lse =
       computes_teacher_lse ? empty({p.batch, p.teacher_heads, p.query_length}, query, accumulation)
                            : empty({0}, query, accumulation);
@@ -91,17 +141,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_kl_forward(
   p.origin = state;
   p.inverse_sum = state + lse.nbytes();
   p.correction = state + 2 * lse.nbytes();
-  run_forward(p, accumulation == at::kDouble);
+  if (p.two_pass())
+    run_two_passes(p, query, accumulation);
+  else
+    run_one_pass(p, accumulation == at::kDouble);
   return {out, kl, lse, own_teacher_lse, row_state};
 }
 
-// Into how many key ranges a (batch, head) is split so that the threads, each of which gets an
-// equal number of consecutive tasks, finish within a tenth of each other. Every range has a partial
-// sum of dQ; together these stay below an eighth of a stored map, or a few MiB where that is less.
-int64_t choose_key_splits(const Problem& p) {
+// Into how many key ranges a group of heads, of one mostly, is split so that the threads, each of
+// which gets an equal number of consecutive tasks, finish within a tenth of each other. Every range
+// has a partial sum of dQ; together these stay below an eighth of a stored map, or a few MiB where
+// that is less.
+int64_t choose_key_splits(const Problem& p, int64_t groups) {
   constexpr int64_t kFewestKeys = 48, kSmallPartials = 1 << 20;  // elements
-  const int64_t heads = p.batch * p.heads, threads = at::get_num_threads();
-  const int64_t partial = heads * p.query_length * p.head_dim;
+  const int64_t threads = at::get_num_threads();
+  const int64_t partial = p.batch * p.heads * p.query_length * p.head_dim;
   const int64_t affordable =
       std::max({int64_t{1}, p.key_length / (8 * p.head_dim), kSmallPartials / partial});
   const int64_t most =
@@ -109,7 +163,7 @@ int64_t choose_key_splits(const Problem& p) {
   int64_t best = 1;
   double best_share = 0;
   for (int64_t splits = 1; splits <= most; ++splits) {
-    const int64_t tasks = heads * splits;
+    const int64_t tasks = groups * splits;
     const int64_t rounds = (tasks + threads - 1) / threads;
     const double busy_share = static_cast<double>(tasks) / static_cast<double>(rounds * threads);
     if (busy_share > best_share) best = splits, best_share = busy_share;
@@ -138,7 +192,10 @@ struct BackwardRows {
     const OptionalTensor given = row_values(row_state, states, accumulation);
     TORCH_CHECK_VALUE(given.has_value(), "attn_kd: row_state is empty");
     state = *given;
-    if (p.divergence != Divergence::none) grad_kl = row_values(grad_of_kl, rows, accumulation);
+    if (p.average_heads)
+      grad_kl = row_values(grad_of_kl, std::array{p.batch, p.query_length}, accumulation);
+    else if (p.divergence != Divergence::none)
+      grad_kl = row_values(grad_of_kl, rows, accumulation);
     grad_lse = row_values(grad_of_lse, rows, accumulation);
     const auto* data = static_cast<const char*>(state.const_data_ptr());
     p.origin = data;
@@ -151,7 +208,8 @@ struct BackwardRows {
 
 // Runs the kernels into grad_query, through partial sums where the keys are split between tasks.
 void run_backward(BackwardProblem& p, Tensor& grad_query, at::ScalarType accumulation) {
-  p.key_splits = choose_key_splits(p);
+  const int64_t groups = p.batch * (p.average_heads ? 1 : p.heads);
+  p.key_splits = choose_key_splits(p, groups);
   const bool in_place = p.key_splits == 1 && grad_query.scalar_type() == accumulation;
   const Tensor partial = in_place
                              ? grad_query
@@ -159,8 +217,12 @@ void run_backward(BackwardProblem& p, Tensor& grad_query, at::ScalarType accumul
                                      grad_query, accumulation);
   p.grad_query = output(partial);
   const Kernels& kernels = active_kernels();
-  run(accumulation == at::kDouble ? kernels.backward_f64 : kernels.backward_f32, p,
-      p.batch * p.heads * p.key_splits);
+  const bool in_double = accumulation == at::kDouble;
+  if (p.two_pass())
+    run(in_double ? kernels.two_pass_backward_f64 : kernels.two_pass_backward_f32, p,
+        groups * p.key_splits);
+  else
+    run(in_double ? kernels.backward_f64 : kernels.backward_f32, p, groups * p.key_splits);
   if (!in_place)
     grad_query.copy_(
         partial.view({p.key_splits, p.batch, p.heads, p.query_length, p.head_dim}).sum(0));
@@ -181,10 +243,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_kl_backward(
                      attn_mask, dropout_seed,
                      {scale, teacher_scale, divergence, head_reduction, dropout_p});
   BackwardProblem p{in.problem()};
-  refuse_what_is_missing(p);
-  // Of the one-pass divergences only reverse_kl, whose correction says it all, needs no LSE.
-  TORCH_CHECK_VALUE(p.divergence == Divergence::none || p.divergence == Divergence::reverse_kl ||
-                        in.teacher_lse(),
+  // One-pass reverse_kl alone needs no LSE: its correction says it all.
+  const bool needs_lse = p.two_pass() || (teacher && p.divergence != Divergence::reverse_kl);
+  TORCH_CHECK_VALUE(!needs_lse || in.teacher_lse(),
                     "attn_kd: teacher_lse is missing beside grad_kl");
   p.teacher_lse = in.teacher_lse() ? in.teacher_lse()->const_data_ptr() : nullptr;
   const at::ScalarType accumulation = accumulation_type(query);

@@ -66,6 +66,18 @@ std::vector<std::string> names(bool supported_only) {
   return names;
 }
 
+at::Tensor map(const at::Tensor& x, Kernels::Map<float> map_f32, Kernels::Map<double> map_f64) {
+  TORCH_CHECK_VALUE(x.device().is_cpu() && x.is_contiguous(), "expected a contiguous CPU tensor");
+  at::Tensor y = at::empty_like(x);
+  if (x.scalar_type() == at::kFloat)
+    map_f32(x.const_data_ptr<float>(), y.mutable_data_ptr<float>(), x.numel());
+  else if (x.scalar_type() == at::kDouble)
+    map_f64(x.const_data_ptr<double>(), y.mutable_data_ptr<double>(), x.numel());
+  else
+    TORCH_CHECK_TYPE(false, "expected float32 or float64, got ", x.scalar_type());
+  return y;
+}
+
 }  // namespace
 
 const Kernels& active_kernels() { return *active().load(std::memory_order_relaxed); }
@@ -87,15 +99,26 @@ void set_instruction_set(const std::string& name) {
 }
 
 at::Tensor exp2(const at::Tensor& x) {
-  TORCH_CHECK_VALUE(x.device().is_cpu() && x.is_contiguous(), "expected a contiguous CPU tensor");
-  at::Tensor y = at::empty_like(x);
-  if (x.scalar_type() == at::kFloat)
-    active_kernels().exp2_f32(x.const_data_ptr<float>(), y.mutable_data_ptr<float>(), x.numel());
-  else if (x.scalar_type() == at::kDouble)
-    active_kernels().exp2_f64(x.const_data_ptr<double>(), y.mutable_data_ptr<double>(), x.numel());
-  else
-    TORCH_CHECK_TYPE(false, "expected float32 or float64, got ", x.scalar_type());
-  return y;
+  return map(x, active_kernels().exp2_f32, active_kernels().exp2_f64);
+}
+
+at::Tensor log2(const at::Tensor& x) {
+  return map(x, active_kernels().log2_f32, active_kernels().log2_f64);
+}
+
+at::Tensor philox(const at::Tensor& counters, uint32_t key0, uint32_t key1) {
+  TORCH_CHECK_VALUE(counters.dim() == 2 && counters.size(1) == 4 && counters.device().is_cpu(),
+                    "expected counters of shape [n, 4] on cpu, got ", counters.sizes());
+  const at::Tensor wide = counters.to(at::kLong).contiguous();
+  std::vector<uint32_t> narrow(wide.numel()), words(wide.numel());
+  const auto* first = wide.const_data_ptr<int64_t>();
+  std::transform(first, first + wide.numel(), narrow.begin(),
+                 [](int64_t word) { return static_cast<uint32_t>(word); });
+  const uint32_t key[2] = {key0, key1};
+  active_kernels().philox(narrow.data(), key, words.data(), wide.size(0));
+  at::Tensor result = at::empty_like(wide);
+  std::copy(words.begin(), words.end(), result.mutable_data_ptr<int64_t>());
+  return result;
 }
 
 }  // namespace cpu

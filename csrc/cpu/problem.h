@@ -64,6 +64,11 @@ struct Problem {
   Input query, key, value;           // [B, H, Lq, D], [B, H, Lk, D], [B, H, Lk, Dv]
   Input teacher_query, teacher_key;  // [B, Ht, Lq, Dt], [B, Ht, G * Lk, Dt]; or absent
   Input mask;                        // [B, H, Lq, Lk], bool or additive
+
+  // Whether the divergence needs the maps themselves, which only a second pass over the keys has.
+  bool two_pass() const {
+    return average_heads || divergence == Divergence::js || divergence == Divergence::mse;
+  }
 };
 
 // Per-row values (kl, lse, ...) are contiguous [B, H, Lq] in the accumulation type: double where
@@ -72,7 +77,8 @@ struct Problem {
 // The backward pass knows a row's map by its origin, the highest base-2 logit m, and its inverse
 // sum, 1 / sum_j 2^(s_j - m), which is 0 where the row sees no key: a_j = 2^(s_j - m) * inverse_sum
 // is exact to the last digits, which a map recomputed from one rounded LSE is not. The correction
-// is what the gradient of the divergence needs beside them: for reverse_kl sum_j a_j (s_j - t_j).
+// is what the gradient of the divergence needs beside them: for reverse_kl sum_j a_j (s_j - t_j),
+// in two passes sum_j a_j dphi/da_j (see kernels/divergence.h).
 struct ForwardProblem : Problem {
   int64_t panels_per_task = 1;  // at most kMaxPanelsPerTask
   const void* given_teacher_lse = nullptr;
@@ -98,17 +104,31 @@ struct BackwardProblem : Problem {
   Output grad_key, grad_value;     // [B, H, Lk, D], [B, H, Lk, Dv]
 };
 
-// The kernels of one instruction set. Tasks [begin, end) are independent of each other:
-// forward: B * H * ceil(Lq / (panel * panels_per_task)), backward: B * H * key_splits.
+// The kernels of one instruction set. Tasks [begin, end) are independent of each other; `heads` is
+// B * H and `groups` B where heads are averaged, else B * H:
+//   forward          heads * ceil(Lq / (panel * panels_per_task))
+//   backward         heads * key_splits
+//   two_pass_forward groups * ceil(Lq / panel), after a forward pass that has written the LSEs,
+//                    origins and inverse sums; writes kl, [B, Lq] where heads are averaged, and the
+//                    correction
+//   two_pass_backward groups * key_splits; grad_kl is shaped as kl
 struct Kernels {
   using Forward = void (*)(const ForwardProblem&, int64_t begin, int64_t end);
   using Backward = void (*)(const BackwardProblem&, int64_t begin, int64_t end);
+  template <class T>
+  using Map = void (*)(const T* x, T* y, int64_t n);
   const char* name;
   Forward forward_f32, forward_f64;
   Backward backward_f32, backward_f64;
-  // The vector 2^x of the kernels, exposed so that its accuracy can be tested.
-  void (*exp2_f32)(const float* x, float* y, int64_t n);
-  void (*exp2_f64)(const double* x, double* y, int64_t n);
+  Forward two_pass_forward_f32, two_pass_forward_f64;
+  Backward two_pass_backward_f32, two_pass_backward_f64;
+  // The kernels' vector functions, exposed so that they can be tested.
+  Map<float> exp2_f32;
+  Map<double> exp2_f64;
+  Map<float> log2_f32;
+  Map<double> log2_f64;
+  // words[n, 4] of Philox4x32-10 for counters[n, 4]
+  void (*philox)(const uint32_t* counters, const uint32_t key[2], uint32_t* words, int64_t n);
 };
 
 }  // namespace attn_kd::cpu

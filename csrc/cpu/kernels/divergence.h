@@ -6,11 +6,30 @@
 // with log a = ln2 (s - Ls) and log b = ln2 (t - Lt) put in and the sums pulled apart. In the
 // gradient the LSEs cancel; what is left is p (grad_probability + ...) with the row's inverse sum
 // folded into all that p is multiplied by.
+//
+// Divergences of maps that need a pass of their own, of averaged maps above all, are separable:
+// D = sum phi(a, b) over the keys. `value` is phi and `slope` dphi/da (up to a constant, which the
+// gradient does not see), both in natural units:
+//   dD/ds_j = a_j (slope_j - sum_k a_k slope_k)
 #pragma once
 
 #include "bias.h"
+#include "log2.h"
 
 namespace attn_kd::ATTN_KD_ISA {
+
+// Probabilities are raised to the smallest normal number before their logarithm is taken: so it is
+// finite where a map underflows, and log(a / b) is 0 where the mask hides the pair.
+template <class T>
+inline vec<T> above_zero(vec<T> probability) {
+  constexpr T kSmallest = sizeof(T) == 4 ? T(0x1p-126) : T(0x1p-1022);
+  return max_or_second<T>(broadcast(kSmallest), probability);
+}
+
+template <class T>
+inline vec<T> log_ratio(vec<T> a, vec<T> b) {
+  return T(kLn2) * log2<T>(above_zero<T>(a) / above_zero<T>(b));
+}
 
 struct NoDivergence {
   static constexpr bool kTeacher = false;
@@ -47,6 +66,14 @@ struct ReverseKL {
   static V grad_logit(V p, V, V u, V grad_probability, V slope) {
     return p * (grad_probability + slope * u);
   }
+  template <class T>
+  static vec<T> value(vec<T> a, vec<T> b) {
+    return a * log_ratio<T>(a, b);
+  }
+  template <class T>
+  static vec<T> slope(vec<T> a, vec<T> b) {
+    return log_ratio<T>(a, b);
+  }
 };
 
 // KL(teacher || student) = sum b log(b / a); dD/ds = a - b
@@ -77,6 +104,45 @@ struct ForwardKL {
   template <class V>
   static V grad_logit(V p, V b, V, V grad_probability, V slope) {
     return p * grad_probability - slope * b;
+  }
+  template <class T>
+  static vec<T> value(vec<T> a, vec<T> b) {
+    return -b * log_ratio<T>(a, b);
+  }
+  template <class T>
+  static vec<T> slope(vec<T> a, vec<T> b) {
+    return -b / above_zero<T>(a);
+  }
+};
+
+// Jensen-Shannon: 1/2 KL(a || m) + 1/2 KL(b || m) with m = (a + b) / 2
+struct JensenShannon {
+  template <class T>
+  static vec<T> value(vec<T> a, vec<T> b) {
+    return T(0.5) * (a * log_of_mean_share<T>(a, b) + b * log_of_mean_share<T>(b, a));
+  }
+  template <class T>
+  static vec<T> slope(vec<T> a, vec<T> b) {
+    return T(0.5) * log_of_mean_share<T>(a, b);
+  }
+
+ private:
+  // log(x / ((x + y) / 2))
+  template <class T>
+  static vec<T> log_of_mean_share(vec<T> x, vec<T> y) {
+    return log_ratio<T>(x, T(0.5) * (above_zero<T>(x) + above_zero<T>(y)));
+  }
+};
+
+// Attention transfer: sum (a - b)^2
+struct MeanSquaredError {
+  template <class T>
+  static vec<T> value(vec<T> a, vec<T> b) {
+    return (a - b) * (a - b);
+  }
+  template <class T>
+  static vec<T> slope(vec<T> a, vec<T> b) {
+    return T(2) * (a - b);
   }
 };
 

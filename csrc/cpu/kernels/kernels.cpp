@@ -1,28 +1,55 @@
 // Compiled once per instruction set; exports that set's kernels under a name of its own.
 #include "backward.h"
 #include "forward.h"
+#include "log2.h"
+#include "philox.h"
+#include "two_pass.h"
 
 #define ATTN_KD_STRINGIFY(x) #x
 #define ATTN_KD_NAME(x) ATTN_KD_STRINGIFY(x)
 
 namespace attn_kd::ATTN_KD_ISA {
 
-template <class T>
-void exp2_array(const T* x, T* y, int64_t n) {
+// y[i] = Function(x[i]) by whole vectors.
+template <class T, vec<T> (*Function)(vec<T>)>
+void map_array(const T* x, T* y, int64_t n) {
   alignas(64) T lanes[kLanes<T>];
   for (int64_t i = 0; i < n; i += kLanes<T>) {
     const int64_t count = n - i < kLanes<T> ? n - i : kLanes<T>;
     for (int64_t lane = 0; lane < kLanes<T>; ++lane)
-      lanes[lane] = lane < count ? x[i + lane] : T(0);
-    store<T>(lanes, exp2<T>(load(lanes)));
+      lanes[lane] = lane < count ? x[i + lane] : T(1);
+    store<T>(lanes, Function(load(lanes)));
     for (int64_t lane = 0; lane < count; ++lane) y[i + lane] = lanes[lane];
+  }
+}
+
+void philox_array(const uint32_t* counters, const uint32_t key[2], uint32_t* words, int64_t n) {
+  const uint32_t both[2] = {key[0], key[1]};
+  for (int64_t i = 0; i < n; ++i) {
+    vec<uint64_t> word[4];
+    for (int w = 0; w < 4; ++w) word[w] = broadcast<uint64_t>(counters[4 * i + w]);
+    philox(word, both);
+    for (int w = 0; w < 4; ++w)
+      words[4 * i + w] = static_cast<uint32_t>(word[w][i % kLanes<uint64_t>]);
   }
 }
 
 const cpu::Kernels& kernels() {
   static constexpr cpu::Kernels table{
-      ATTN_KD_NAME(ATTN_KD_ISA), forward<float>,    forward<double>,    backward<float>,
-      backward<double>,          exp2_array<float>, exp2_array<double>,
+      .name = ATTN_KD_NAME(ATTN_KD_ISA),
+      .forward_f32 = forward<float>,
+      .forward_f64 = forward<double>,
+      .backward_f32 = backward<float>,
+      .backward_f64 = backward<double>,
+      .two_pass_forward_f32 = two_pass_forward<float>,
+      .two_pass_forward_f64 = two_pass_forward<double>,
+      .two_pass_backward_f32 = two_pass_backward<float>,
+      .two_pass_backward_f64 = two_pass_backward<double>,
+      .exp2_f32 = map_array<float, exp2<float>>,
+      .exp2_f64 = map_array<double, exp2<double>>,
+      .log2_f32 = map_array<float, log2<float>>,
+      .log2_f64 = map_array<double, log2<double>>,
+      .philox = philox_array,
   };
   return table;
 }

@@ -1,0 +1,29 @@
+// Teacher keys on a finer grid: G of them together stand for one key of the student.
+//
+// The teacher's mass over a group, sum_g exp t_g, is that of one key with the logit
+// t~ = log sum_g exp t_g, so merging the logits of a tile is all it takes: what follows sees as
+// many teacher logits as the student has keys, and the teacher's LSE stays what it was.
+#pragma once
+
+#include "log2.h"
+#include "tile.h"
+
+namespace attn_kd::ATTN_KD_ISA {
+
+// tile[keys * G, kPanel] of base-2 logits to tile[keys, kPanel], in place.
+template <class T>
+void merge_groups(T* tile, int64_t keys, int64_t group, int64_t vectors) {
+  if (group == 1) return;
+  for (int64_t lane = 0; lane < vectors * kLanes<T>; lane += kLanes<T>)
+    for (int64_t key = 0; key < keys; ++key) {
+      const T* members = tile + key * group * kPanel<T> + lane;
+      vec<T> highest = load(members);
+      for (int64_t g = 1; g < group; ++g)
+        highest = max_or_second<T>(load(members + g * kPanel<T>), highest);
+      vec<T> sum{};
+      for (int64_t g = 0; g < group; ++g) sum += exp2<T>(load(members + g * kPanel<T>) - highest);
+      store<T>(tile + key * kPanel<T> + lane, highest + log2<T>(sum));
+    }
+}
+
+}  // namespace attn_kd::ATTN_KD_ISA

@@ -1,0 +1,118 @@
+// Second forward pass of the divergences that need the maps themselves: js, mse, and all of them on
+// head-averaged maps. The first is the ordinary forward pass of every head (forward.h).
+//
+// A task takes a panel of query rows of a group of heads through the keys, and sums the row's
+// divergence D = sum_j phi(a_j, b_j) and, per head, the correction c_h = sum_j a_hj dphi/da_j.
+#pragma once
+
+#include "divergence.h"
+#include "group_maps.h"
+
+namespace attn_kd::ATTN_KD_ISA {
+
+using cpu::ForwardProblem;
+
+// Adds one vector of lanes' phi(a, b) to `divergence`, from zero per tile so that rounding errors
+// do not grow with the number of keys. The slopes take the place of a.
+template <class Div, class T>
+void value_sweep(T* student, const T* teacher, int64_t keys, T* divergence) {
+  vec<T> sum{};
+  for (int64_t at = 0; at < keys * kPanel<T>; at += kPanel<T>) {
+    const vec<T> a = load(student + at), b = load(teacher + at);
+    sum += Div::template value<T>(a, b);
+    store<T>(student + at, Div::template slope<T>(a, b));
+  }
+  store<T>(divergence, load(divergence) + sum);
+}
+
+// Adds one vector of lanes' p * slope to `correction`.
+template <class T>
+void correction_sweep(const T* probability, const T* slope, int64_t keys, T* correction) {
+  vec<T> sum{};
+  for (int64_t at = 0; at < keys * kPanel<T>; at += kPanel<T>)
+    sum += load(probability + at) * load(slope + at);
+  store<T>(correction, load(correction) + sum);
+}
+
+template <class Div, class T>
+class TwoPassForwardWorker {
+ public:
+  TwoPassForwardWorker(const ForwardProblem& problem, Scratch<T>& scratch)
+      : p_(problem),
+        maps_(problem, {problem.origin, problem.inverse_sum, teacher_lse(problem)}, scratch),
+        divergence_(scratch.take(P)),
+        correction_(scratch.take(maps_.heads() * P)) {}
+
+  void rows(int64_t b, int64_t first_head, int64_t first_row) {
+    const int64_t rows = min(p_.query_length - first_row, P);
+    maps_.start(b, first_head, first_row, rows);
+    fill(divergence_, P, T(0));
+    fill(correction_, maps_.heads() * P, T(0));
+    for (int64_t first = 0; first < p_.key_length; first += maps_.tile_keys()) {
+      const int64_t keys = min(p_.key_length - first, maps_.tile_keys());
+      if (maps_.tile(first, keys)) add(keys);
+    }
+    finish(b, first_head, first_row, rows);
+  }
+
+ private:
+  static constexpr int64_t P = kPanel<T>;
+  static int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+  static const void* teacher_lse(const ForwardProblem& p) {
+    return p.given_teacher_lse ? p.given_teacher_lse : p.teacher_lse;
+  }
+
+  void add(int64_t keys) {
+    for (int64_t lane = 0; lane < maps_.vectors() * kLanes<T>; lane += kLanes<T>) {
+      value_sweep<Div, T>(maps_.student() + lane, maps_.teacher() + lane, keys, divergence_ + lane);
+      for (int64_t i = 0; i < maps_.heads(); ++i)
+        correction_sweep<T>(maps_.probability(i) + lane, maps_.student() + lane, keys,
+                            correction_ + i * P + lane);
+    }
+  }
+
+  void finish(int64_t b, int64_t first_head, int64_t first_row, int64_t rows) {
+    const int64_t groups = p_.heads / maps_.heads(), group = first_head / maps_.heads();
+    T* kl = static_cast<T*>(p_.kl) + (b * groups + group) * p_.query_length + first_row;
+    for (int64_t row = 0; row < rows; ++row) kl[row] = divergence_[row];
+    for (int64_t i = 0; i < maps_.heads(); ++i) {
+      const int64_t at = (b * p_.heads + first_head + i) * p_.query_length + first_row;
+      const T* inverse_sum = static_cast<const T*>(p_.inverse_sum) + at;
+      T* correction = static_cast<T*>(p_.correction) + at;
+      for (int64_t row = 0; row < rows; ++row)
+        correction[row] = inverse_sum[row] * correction_[i * P + row];
+    }
+  }
+
+  const ForwardProblem& p_;
+  GroupMaps<T> maps_;
+  T *divergence_, *correction_;
+};
+
+template <class Div, class T>
+void two_pass_forward_tasks(const ForwardProblem& problem, int64_t begin, int64_t end) {
+  const int64_t panels = (problem.query_length + kPanel<T> - 1) / kPanel<T>;
+  const int64_t groups = problem.average_heads ? 1 : problem.heads;
+  with_worker<TwoPassForwardWorker<Div, T>, T>(problem, [&](auto& worker) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t group = task / panels;
+      worker.rows(group / groups, group % groups, task % panels * kPanel<T>);
+    }
+  });
+}
+
+template <class T>
+void two_pass_forward(const ForwardProblem& problem, int64_t begin, int64_t end) {
+  switch (problem.divergence) {
+    case cpu::Divergence::none: return;
+    case cpu::Divergence::reverse_kl:
+      return two_pass_forward_tasks<ReverseKL, T>(problem, begin, end);
+    case cpu::Divergence::forward_kl:
+      return two_pass_forward_tasks<ForwardKL, T>(problem, begin, end);
+    case cpu::Divergence::js: return two_pass_forward_tasks<JensenShannon, T>(problem, begin, end);
+    case cpu::Divergence::mse:
+      return two_pass_forward_tasks<MeanSquaredError, T>(problem, begin, end);
+  }
+}
+
+}  // namespace attn_kd::ATTN_KD_ISA
