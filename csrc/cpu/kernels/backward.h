@@ -9,8 +9,10 @@
 #pragma once
 
 #include "divergence.h"
+#include "dropout.h"
 #include "exp2.h"
 #include "gemm.h"
+#include "groups.h"
 
 namespace attn_kd::ATTN_KD_ISA {
 
@@ -53,7 +55,7 @@ class BackwardWorker {
         chunk_(min(kChunkKeys, problem.key_length)),
         tile_keys_(min(kBackwardKeys, chunk_)),
         key_(scratch.take(chunk_ * p_.head_dim)),
-        teacher_key_(scratch.take(chunk_ * p_.teacher_dim)),
+        teacher_key_(scratch.take(teacher_keys(chunk_) * p_.teacher_dim)),
         value_(scratch.take(chunk_ * value_dim_)),
         grad_key_(scratch.take(chunk_ * head_ld_)),
         grad_value_(scratch.take(chunk_ * value_ld_)),
@@ -65,13 +67,14 @@ class BackwardWorker {
         grad_output_(scratch.take(P * value_dim_)),
         grad_query_(scratch.take(P * p_.head_dim)),
         logits_(scratch.take(P * tile_keys_)),
-        teacher_logits_(scratch.take(Div::kTeacher ? P * tile_keys_ : 0)),
+        teacher_logits_(scratch.take(Div::kTeacher ? P * teacher_keys(tile_keys_) : 0)),
         grad_probability_(scratch.take(P * tile_keys_)),
         origin_(scratch.take(P)),
         teacher_lse_(scratch.take(P)),
         offset_(scratch.take(P)),
         slope_(scratch.take(P)),
-        bias_(problem.mask, scratch, tile_keys_) {}
+        bias_(problem.mask, scratch, tile_keys_),
+        dropout_(problem.dropout, scratch, tile_keys_) {}
 
   void key_range(int64_t b, int64_t h, int64_t split, int64_t begin, int64_t end) {
     for (int64_t first = begin; first < end; first += chunk_) {
@@ -82,7 +85,10 @@ class BackwardWorker {
         start_panel(b, h, row, rows);
         for (int64_t key = 0; key < keys; key += tile_keys_) {
           const int64_t tile_keys = min(keys - key, tile_keys_);
-          if (bias_.read(b, h, row, rows, first + key, tile_keys)) tile(key, tile_keys, rows);
+          if (bias_.read(b, h, row, rows, first + key, tile_keys)) {
+            dropout_.draw(b * p_.heads + h, row, first + key, tile_keys, vectors_of(rows));
+            tile(key, tile_keys, rows);
+          }
         }
         finish_panel(split * p_.batch + b, h, row, rows, first == begin);
       }
@@ -94,6 +100,8 @@ class BackwardWorker {
  private:
   static constexpr int64_t P = kPanel<T>;
   static int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+  static int64_t vectors_of(int64_t rows) { return round_up(rows, kLanes<T>) / kLanes<T>; }
+  int64_t teacher_keys(int64_t keys) const { return keys * p_.teacher_keys_per_key; }
   int64_t widest() const {
     const int64_t widest = head_ld_ > value_ld_ ? head_ld_ : value_ld_;
     return widest > p_.teacher_dim ? widest : p_.teacher_dim;
@@ -102,7 +110,8 @@ class BackwardWorker {
   void start_chunk(int64_t b, int64_t h, int64_t first, int64_t keys) {
     load_rows(p_.key, b, h, first, keys, p_.head_dim, key_, p_.head_dim);
     if constexpr (Div::kTeacher)
-      load_rows(p_.teacher_key, b, h, first, keys, p_.teacher_dim, teacher_key_, p_.teacher_dim);
+      load_rows(p_.teacher_key, b, h, teacher_keys(first), teacher_keys(keys), p_.teacher_dim,
+                teacher_key_, p_.teacher_dim);
     if (value_dim_) load_rows(p_.value, b, h, first, keys, value_dim_, value_, value_dim_);
     fill(grad_key_, keys * head_ld_, T(0));
     fill(grad_value_, keys * value_ld_, T(0));
@@ -152,8 +161,8 @@ class BackwardWorker {
         slope_[row] = static_cast<T>(Div::slope(grad, inverse_sum));
       }
       offset_[row] = static_cast<T>(offset * inverse_sum);
-      for (int64_t column = 0; column < value_dim_; ++column)
-        grad_output[column] *= static_cast<T>(inverse_sum);
+      const T factor = static_cast<T>(inverse_sum * p_.dropout.keep_factor);
+      for (int64_t column = 0; column < value_dim_; ++column) grad_output[column] *= factor;
     }
   }
 
@@ -167,28 +176,31 @@ class BackwardWorker {
   }
 
   void tile(int64_t key, int64_t keys, int64_t rows) {
-    const int64_t vectors = round_up(rows, kLanes<T>) / kLanes<T>;
+    const int64_t vectors = vectors_of(rows);
     T* k = key_ + key * p_.head_dim;
-    T* tk = teacher_key_ + key * p_.teacher_dim;
+    T* tk = teacher_key_ + teacher_keys(key) * p_.teacher_dim;
     T* v = value_ + key * value_dim_;
     bias_.clear_hidden(k, keys, p_.head_dim);
-    bias_.clear_hidden(tk, keys, p_.teacher_dim);
+    bias_.clear_hidden(tk, keys, teacher_keys(1) * p_.teacher_dim);
     bias_.clear_hidden(v, keys, value_dim_);
     gemm<false, false>(keys, vectors, p_.head_dim, Left<T>{k, p_.head_dim, 1}, query_, P, logits_,
                        P);
     bias_.add_to(logits_, keys, vectors);
     if constexpr (Div::kTeacher) {
-      gemm<false, false>(keys, vectors, p_.teacher_dim, Left<T>{tk, p_.teacher_dim, 1},
-                         teacher_query_, P, teacher_logits_, P);
+      gemm<false, false>(teacher_keys(keys), vectors, p_.teacher_dim,
+                         Left<T>{tk, p_.teacher_dim, 1}, teacher_query_, P, teacher_logits_, P);
+      merge_groups(teacher_logits_, keys, teacher_keys(1), vectors);
       bias_.add_to(teacher_logits_, keys, vectors);
     }
     // With no gradient of the output the depth is 0, and the product writes zeros.
     gemm<false, false>(keys, vectors, value_dim_, Left<T>{v, value_dim_, 1}, grad_output_, P,
                        grad_probability_, P);
+    dropout_.apply(grad_probability_, keys, vectors);
     for (int64_t lane = 0; lane < vectors * kLanes<T>; lane += kLanes<T>)
       grad_sweep<Div>(logits_ + lane, teacher_logits_ + lane, grad_probability_ + lane, keys,
                       load(origin_ + lane), load(teacher_lse_ + lane), load(offset_ + lane),
                       load(slope_ + lane));
+    dropout_.apply(logits_, keys, vectors);
     gemm<true, true>(p_.head_dim, vectors, keys, Left<T>{k, 1, p_.head_dim}, grad_probability_, P,
                      grad_query_, P);
     gemm<false, true>(keys, head_ld_ / kLanes<T>, rows, Left<T>{grad_probability_, P, 1},
@@ -213,6 +225,7 @@ class BackwardWorker {
   T *query_rows_, *grad_output_rows_, *rows_, *query_, *teacher_query_, *grad_output_, *grad_query_;
   T *logits_, *teacher_logits_, *grad_probability_, *origin_, *teacher_lse_, *offset_, *slope_;
   Bias<T> bias_;
+  Dropout<T> dropout_;
 };
 
 template <class Div, class T>

@@ -8,8 +8,10 @@
 #pragma once
 
 #include "divergence.h"
+#include "dropout.h"
 #include "exp2.h"
 #include "gemm.h"
+#include "groups.h"
 
 namespace attn_kd::ATTN_KD_ISA {
 
@@ -154,11 +156,12 @@ class ForwardWorker {
         tile_keys_(min(kForwardKeys, problem.key_length)),
         rows_(scratch.take(P * widest(problem))),
         key_(scratch.take(tile_keys_ * problem.head_dim)),
-        teacher_key_(scratch.take(tile_keys_ * problem.teacher_dim)),
+        teacher_key_(scratch.take(teacher_keys(tile_keys_) * problem.teacher_dim)),
         value_(scratch.take(tile_keys_ * problem.value_dim)),
         logits_(scratch.take(tile_keys_ * P)),
-        teacher_logits_(scratch.take(Div::kTeacher ? tile_keys_ * P : 0)),
-        bias_(problem.mask, scratch, tile_keys_) {}
+        teacher_logits_(scratch.take(Div::kTeacher ? teacher_keys(tile_keys_) * P : 0)),
+        bias_(problem.mask, scratch, tile_keys_),
+        dropout_(problem.dropout, scratch, tile_keys_) {}
 
   void rows(int64_t b, int64_t h, int64_t first_row) {
     int64_t panels = 0;
@@ -168,11 +171,14 @@ class ForwardWorker {
       const int64_t keys = min(p_.key_length - first, tile_keys_);
       load_rows(p_.key, b, h, first, keys, p_.head_dim, key_, p_.head_dim);
       if constexpr (Div::kTeacher)
-        load_rows(p_.teacher_key, b, h, first, keys, p_.teacher_dim, teacher_key_, p_.teacher_dim);
+        load_rows(p_.teacher_key, b, h, teacher_keys(first), teacher_keys(keys), p_.teacher_dim,
+                  teacher_key_, p_.teacher_dim);
       load_rows(p_.value, b, h, first, keys, p_.value_dim, value_, p_.value_dim);
       for (int64_t i = 0; i < panels; ++i)
-        if (bias_.read(b, h, panels_[i].first_row, panels_[i].rows, first, keys))
+        if (bias_.read(b, h, panels_[i].first_row, panels_[i].rows, first, keys)) {
+          dropout_.draw(b * p_.heads + h, panels_[i].first_row, first, keys, panels_[i].vectors());
           tile(panels_[i], keys);
+        }
     }
     for (int64_t i = 0; i < panels; ++i) finish(panels_[i], b, h);
   }
@@ -181,6 +187,7 @@ class ForwardWorker {
   static constexpr int64_t P = kPanel<T>;
   static_assert(cpu::kMaxPanelsPerTask == 4, "panels_ is initialised by hand");
   static int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+  int64_t teacher_keys(int64_t keys) const { return keys * p_.teacher_keys_per_key; }
   static int64_t widest(const ForwardProblem& p) {
     const int64_t widest = p.head_dim > p.value_dim ? p.head_dim : p.value_dim;
     return widest > p.teacher_dim ? widest : p.teacher_dim;
@@ -210,19 +217,22 @@ class ForwardWorker {
     const int64_t vectors = panel.vectors();
     bias_.mark_seen(panel.sums.seen, keys, vectors);
     bias_.clear_hidden(key_, keys, p_.head_dim);
-    bias_.clear_hidden(teacher_key_, keys, p_.teacher_dim);
+    bias_.clear_hidden(teacher_key_, keys, teacher_keys(1) * p_.teacher_dim);
     bias_.clear_hidden(value_, keys, p_.value_dim);
     gemm<false, false>(keys, vectors, p_.head_dim, Left<T>{key_, p_.head_dim, 1}, panel.query, P,
                        logits_, P);
     bias_.add_to(logits_, keys, vectors);
     if constexpr (Div::kTeacher) {
-      gemm<false, false>(keys, vectors, p_.teacher_dim, Left<T>{teacher_key_, p_.teacher_dim, 1},
-                         panel.teacher_query, P, teacher_logits_, P);
+      gemm<false, false>(teacher_keys(keys), vectors, p_.teacher_dim,
+                         Left<T>{teacher_key_, p_.teacher_dim, 1}, panel.teacher_query, P,
+                         teacher_logits_, P);
+      merge_groups(teacher_logits_, keys, teacher_keys(1), vectors);
       bias_.add_to(teacher_logits_, keys, vectors);
     }
     for (int64_t lane = 0; lane < vectors * kLanes<T>; lane += kLanes<T>)
       sweep<Div, kTeacherLse>(logits_ + lane, teacher_logits_ + lane, keys, panel.sums, lane,
                               panel.output + lane, p_.value_dim);
+    dropout_.apply(logits_, keys, vectors);
     gemm<true, true>(p_.value_dim, vectors, keys, Left<T>{value_, 1, p_.value_dim}, logits_, P,
                      panel.output, P);
   }
@@ -230,12 +240,13 @@ class ForwardWorker {
   void finish(const QueryPanel<T>& panel, int64_t b, int64_t h) {
     const int64_t at = (b * p_.heads + h) * p_.query_length + panel.first_row;
     const RunningSums<T>& sums = panel.sums;
-    T inverse_sum[P];
+    T factor[P];
     for (int64_t row = 0; row < panel.rows; ++row) {
       const bool sees_no_key = sums.seen[row] == 0;
-      inverse_sum[row] = sees_no_key ? T(0) : 1 / sums.sum[row];
+      const T inverse_sum = sees_no_key ? T(0) : 1 / sums.sum[row];
+      factor[row] = inverse_sum * static_cast<T>(p_.dropout.keep_factor);
       static_cast<T*>(p_.origin)[at + row] = sums.max[row] == kMasked<T> ? T(0) : sums.max[row];
-      static_cast<T*>(p_.inverse_sum)[at + row] = inverse_sum[row];
+      static_cast<T*>(p_.inverse_sum)[at + row] = inverse_sum;
       static_cast<T*>(p_.correction)[at + row] = 0;
       // In double: the divergence is a small difference of these logarithms.
       const double sum = static_cast<double>(sums.sum[row]);
@@ -256,7 +267,7 @@ class ForwardWorker {
               static_cast<T>(Div::correction(static_cast<double>(sums.weighted[row]), sum));
       }
     }
-    transpose_from_panel(panel.output, panel.rows, p_.value_dim, inverse_sum, rows_, p_.value_dim);
+    transpose_from_panel(panel.output, panel.rows, p_.value_dim, factor, rows_, p_.value_dim);
     store_rows(rows_, p_.value_dim, T(1), p_.output, b, h, panel.first_row, panel.rows,
                p_.value_dim);
   }
@@ -266,6 +277,7 @@ class ForwardWorker {
   const int64_t tile_keys_;
   T *rows_, *key_, *teacher_key_, *value_, *logits_, *teacher_logits_;
   Bias<T> bias_;
+  Dropout<T> dropout_;
 };
 
 template <class Div, bool kTeacherLse, class T>
