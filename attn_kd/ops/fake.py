@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from attn_kd.ops.arguments import Operands, Options
 
 
 def register() -> None:
@@ -12,26 +16,33 @@ def register() -> None:
     torch.library.register_fake("attn_kd::attention_kl_backward", _attention_kl_backward)
 
 
-def _attention_kl_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    teacher_query: Tensor | None,
-    teacher_key: Tensor | None,
-    teacher_lse: Tensor | None,
-    attn_mask: Tensor | None,
-    scale: float,
-    teacher_scale: float,
-    divergence: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _attention_kl_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    operands = Operands(*arguments[: len(Operands._fields)])
+    options = Options(*arguments[len(Operands._fields) :])
+    query, _, value, teacher_query, *_ = operands
+    _check_devices(operands)
     batch, heads, rows, _ = query.shape
     dtype = torch.promote_types(query.dtype, torch.float32)
+
+    def per_row(*shape: int) -> Tensor:
+        return query.new_empty(shape, dtype=dtype)
+
+    kl, own_teacher_lse = per_row(0), per_row(0)
+    if teacher_query is not None:
+        averaged = options.head_reduction == "mean"
+        kl = per_row(batch, rows) if averaged else per_row(batch, heads, rows)
+        if operands.teacher_lse is None:
+            own_teacher_lse = per_row(batch, teacher_query.shape[1], rows)
     output = query.new_empty((batch, rows, heads, value.shape[3])).transpose(1, 2)
-    lse = query.new_empty((batch, heads, rows), dtype=dtype)
-    kl = query.new_empty((0,), dtype=dtype) if teacher_query is None else torch.empty_like(lse)
-    computed = teacher_query is not None and teacher_lse is None
-    own_teacher_lse = torch.empty_like(lse) if computed else query.new_empty((0,), dtype=dtype)
-    return output, kl, lse, own_teacher_lse
+    lse, row_state = per_row(batch, heads, rows), per_row(3, batch, heads, rows)
+    return output, kl, lse, own_teacher_lse, row_state
+
+
+def _check_devices(operands: Operands) -> None:
+    """Tensors of the meta device among real ones arrive here, not at the kernels."""
+    for name, tensor in operands._asdict().items():
+        if tensor is not None and tensor.device != operands.query.device:
+            raise ValueError(f"{name} is on {tensor.device} but query on {operands.query.device}")
 
 
 def _attention_kl_backward(

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from attn_kd.ops import checks
-from attn_kd.ops.autograd import fused_attention_kl
-from attn_kd.ops.backends import select_backend
-from attn_kd.ops.reference import attention_kl_reference
+from attn_kd.errors import InputError
+from attn_kd.ops.arguments import Operands, Options
+from attn_kd.ops.checks import check_row_weights
+from attn_kd.ops.dispatch import run
 
 
 class AttentionOutput(NamedTuple):
@@ -24,14 +23,14 @@ class AttentionKLOutput(NamedTuple):
     """What `attention_kl` returns."""
 
     output: Tensor  # [B, H, Lq, Dv], dtype of query
-    kl: Tensor  # [B, H, Lq], float32 (float64 for float64 inputs)
+    kl: Tensor  # [B, H, Lq], of head-averaged maps [B, Lq]; float32 (float64 for float64 inputs)
     lse: Tensor  # [B, H, Lq], same dtype as kl
 
 
 class AttentionKLDivOutput(NamedTuple):
     """What `attention_kl_div` returns."""
 
-    kl: Tensor  # [B, H, Lq], float32 (float64 for float64 inputs)
+    kl: Tensor  # [B, H, Lq], of head-averaged maps [B, Lq]; float32 (float64 for float64 inputs)
     lse: Tensor  # [B, H, Lq], same dtype as kl
 
 
@@ -53,25 +52,9 @@ def attention(
 
     Raises:
         InputError: the arguments do not fit together (the message names the offending value).
-        NotImplementedError: dropout_p > 0.
     """
-    query, key, value = _autocast(query, key, value)
-    checks.check_student(query, key, value)
-    checks.check_dropout(dropout_p)
-    scale = checks.resolve_scale("scale", scale, query.shape[3])
-    output, _, lse = _dispatch(
-        backend,
-        query,
-        key,
-        value,
-        None,
-        None,
-        None,
-        checks.expand_mask(attn_mask, query, key),
-        scale,
-        1.0,
-        "reverse_kl",
-    )
+    operands = Operands(query, key, value, attn_mask=attn_mask)
+    output, _, lse = run(operands, Options(scale=scale, dropout_p=dropout_p), backend)
     return AttentionOutput(output, lse)
 
 
@@ -79,11 +62,12 @@ def attention_kl(
     query: Tensor,  # [B, H, Lq, D]
     key: Tensor,  # [B, H, Lk, D]
     value: Tensor,  # [B, H, Lk, Dv]
-    teacher_query: Tensor,  # [B, H, Lq, Dt]
-    teacher_key: Tensor,  # [B, H, Lk, Dt]
+    teacher_query: Tensor,  # [B, Ht, Lq, Dt]
+    teacher_key: Tensor,  # [B, Ht, Lk, Dt] or [B, Ht, G * Lk, Dt]
     *,
     teacher_lse: Tensor | None = None,
     attn_mask: Tensor | None = None,
+    row_weights: Tensor | None = None,
     scale: float | None = None,
     teacher_scale: float | None = None,
     divergence: str = "reverse_kl",
@@ -93,19 +77,29 @@ def attention_kl(
 ) -> AttentionKLOutput:
     """Softmax attention and, in the same sweep over the keys, its divergence from a teacher's.
 
-    With a = softmax(scale · query keyᵀ + mask) and b the teacher's map likewise, per head and row:
-    ``output = a · value`` and ``kl`` = Σ a log(a / b) for ``"reverse_kl"``, the
-    KL(student ‖ teacher) of Rubin et al. 2021 (eq. 3), or Σ b log(b / a) for ``"forward_kl"``.
-    Neither map is stored, forward or backward. Gradients reach query, key and value through output,
-    kl and lse; the teacher is a constant. Backward is deterministic.
+    With a = softmax(scale · query keyᵀ + mask) and b the teacher's map likewise, per head and row,
+    ``output = a · value``, and ``kl`` is, with sums over the keys and m = (a + b) / 2:
+
+    ================ ============================================================================
+    ``"reverse_kl"`` Σ a log(a / b), the KL(student ‖ teacher) of Rubin et al. 2021, eq. 3
+    ``"forward_kl"`` Σ b log(b / a), KL(teacher ‖ student)
+    ``"js"``         ½ Σ a log(a / m) + ½ Σ b log(b / m), the Jensen-Shannon divergence
+    ``"mse"``        Σ (a - b)², as in attention transfer (Zagoruyko and Komodakis 2017)
+    ================ ============================================================================
+
+    No map is stored, forward or backward. Gradients reach query, key and value through output, kl
+    and lse; the teacher is a constant. Backward is deterministic.
 
     Args:
         query, key, value: float32, float64, bfloat16 or float16, one dtype; any strides with a
             unit last stride are read in place. Under autocast they are cast as
             `scaled_dot_product_attention` casts its own.
         teacher_query, teacher_key: any of these dtypes; may be wider or narrower than the
-            student's, with another head_dim. Autocast leaves them as they are.
-        teacher_lse: [B, H, Lq] float32, natural log-sum-exp of the scaled and masked teacher
+            student's, with another head_dim. Autocast leaves them as they are. With G times the
+            student's keys, tokens jG to jG + G - 1 together are compared with the student's key j:
+            the teacher's logit is t̃_j = log Σ_g exp t_g over the group, so that b_j is the
+            teacher's mass on it. Masks apply to t̃.
+        teacher_lse: [B, Ht, Lq] float32, natural log-sum-exp of the scaled and masked teacher
             logits (`attention(...).lse`, of tensors of the dtype given here); computed on the way
             if None.
         attn_mask: as in `scaled_dot_product_attention`: bool (True = may attend) or additive
@@ -115,44 +109,37 @@ def attention_kl(
             kl 0, lse -inf and zero gradients. Keys that a mask without a query dimension (key
             padding) hides may hold anything, NaN included; under other masks a NaN spreads as it
             does in `scaled_dot_product_attention`.
+        row_weights: floating or bool, broadcastable to the shape of kl, which it multiplies: 0 for
+            rows that are padding, say. Differentiable.
         scale, teacher_scale: factors on the logits; default D ** -0.5 and Dt ** -0.5.
-        divergence: "reverse_kl" or "forward_kl".
-        head_reduction: "none": one map, and one divergence, per head.
-        dropout_p: only 0.
+        divergence: one of those above.
+        head_reduction: "none": one map, and one divergence, per head; Ht must be H. "mean": the
+            divergence [B, Lq] of the maps averaged over heads, such as `nn.MultiheadAttention`
+            returns; Ht may differ from H, and then one mask must serve all heads.
+        dropout_p: probability with which an entry of the map does not reach the output; what
+            remains is divided by 1 - dropout_p. kl and lse are those without dropout. The noise
+            is drawn with torch's default generator of the device (`torch.manual_seed`).
         backend: None for the best one that can run; or a name of `available_backends()`.
 
     Raises:
         InputError: the arguments do not fit together (the message names the offending value).
-        NotImplementedError: an option of the contract that this release does not have.
     """
-    query, key, value = _autocast(query, key, value)
-    checks.check_student(query, key, value)
-    checks.check_options(divergence, head_reduction, dropout_p)
-    checks.check_teacher(query, key, teacher_query, teacher_key, teacher_lse)
-    teacher = checks.detach_teacher(teacher_query, teacher_key, teacher_lse)
-    return AttentionKLOutput(
-        *_dispatch(
-            backend,
-            query,
-            key,
-            value,
-            *teacher,
-            checks.expand_mask(attn_mask, query, key),
-            checks.resolve_scale("scale", scale, query.shape[3]),
-            checks.resolve_scale("teacher_scale", teacher_scale, teacher_query.shape[3]),
-            divergence,
-        )
-    )
+    _check_teacher_given(teacher_query)
+    operands = Operands(query, key, value, teacher_query, teacher_key, teacher_lse, attn_mask)
+    options = Options(scale, teacher_scale, divergence, head_reduction, dropout_p)
+    output, kl, lse = run(operands, options, backend)
+    return AttentionKLOutput(output, _weighted(kl, row_weights), lse)
 
 
 def attention_kl_div(
     query: Tensor,  # [B, H, Lq, D]
     key: Tensor,  # [B, H, Lk, D]
-    teacher_query: Tensor,  # [B, H, Lq, Dt]
-    teacher_key: Tensor,  # [B, H, Lk, Dt]
+    teacher_query: Tensor,  # [B, Ht, Lq, Dt]
+    teacher_key: Tensor,  # [B, Ht, Lk, Dt] or [B, Ht, G * Lk, Dt]
     *,
     teacher_lse: Tensor | None = None,
     attn_mask: Tensor | None = None,
+    row_weights: Tensor | None = None,
     scale: float | None = None,
     teacher_scale: float | None = None,
     divergence: str = "reverse_kl",
@@ -163,51 +150,21 @@ def attention_kl_div(
 
     Arguments, semantics and errors are those of `attention_kl`.
     """
-    query, key = _autocast(query, key)
-    checks.check_student(query, key, None)
-    checks.check_options(divergence, head_reduction, 0.0)
-    checks.check_teacher(query, key, teacher_query, teacher_key, teacher_lse)
-    teacher = checks.detach_teacher(teacher_query, teacher_key, teacher_lse)
-    _, kl, lse = _dispatch(
-        backend,
-        query,
-        key,
-        key[..., :0].detach(),  # a value of width 0
-        *teacher,
-        checks.expand_mask(attn_mask, query, key),
-        checks.resolve_scale("scale", scale, query.shape[3]),
-        checks.resolve_scale("teacher_scale", teacher_scale, teacher_query.shape[3]),
-        divergence,
-    )
-    return AttentionKLDivOutput(kl, lse)
+    _check_teacher_given(teacher_query)
+    operands = Operands(query, key, key, teacher_query, teacher_key, teacher_lse, attn_mask)
+    options = Options(scale, teacher_scale, divergence, head_reduction)
+    _, kl, lse = run(operands, options, backend, with_value=False)
+    return AttentionKLDivOutput(_weighted(kl, row_weights), lse)
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast the student's tensors as autocast casts those of scaled_dot_product_attention."""
-    device_type = tensors[0].device.type
-    if not _autocast_enabled(device_type):
-        return tensors
-    dtype = torch.get_autocast_dtype(device_type)
-    return tuple(
-        t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
-    )
+def _check_teacher_given(teacher_query: Tensor | None) -> None:
+    """Without a teacher the operator beneath would do plain attention."""
+    if teacher_query is None:
+        raise InputError("teacher_query is None, expected a tensor; `attention` has no teacher")
 
 
-def _autocast_enabled(device_type: str) -> bool:
-    available = torch.amp.is_autocast_available(device_type)
-    return available and torch.is_autocast_enabled(device_type)
-
-
-def _dispatch(
-    backend: str | None, query: Tensor, key: Tensor, value: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    teacher_query = rest[0]
-    teacher_dim = 0 if teacher_query is None else teacher_query.shape[3]
-    head_dims = (query.shape[3], value.shape[3], teacher_dim)
-    if select_backend(backend, query.device, head_dims) == "reference":
-        if not _autocast_enabled(query.device.type):
-            return attention_kl_reference(query, key, value, *rest)
-        # The logits stay float32 under autocast too: rounding them spoils the gradient.
-        with torch.autocast(query.device.type, enabled=False):
-            return attention_kl_reference(query, key, value, *rest)
-    return fused_attention_kl(query, key, value, *rest)
+def _weighted(kl: Tensor, row_weights: Tensor | None) -> Tensor:
+    if row_weights is None:
+        return kl
+    check_row_weights(row_weights, kl)
+    return kl * row_weights.to(kl.dtype)

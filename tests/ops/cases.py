@@ -13,7 +13,8 @@ import attn_kd
 from tests.ops import explicit
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-DIVERGENCES = ("reverse_kl", "forward_kl")
+DIVERGENCES = ("reverse_kl", "forward_kl", "js", "mse")
+HEAD_REDUCTIONS = ("none", "mean")
 HEAD_DIMS = (1, 3, 8, 17, 32, 40, 64, 80, 128, 256)
 # float dtype -> what kl, lse and all sums are kept in
 ACCUMULATION = {dtype: torch.promote_types(dtype, torch.float32) for dtype in DTYPES}
@@ -22,7 +23,11 @@ Results = dict[str, Tensor]
 
 
 class Sizes(NamedTuple):
-    """Shapes of one call; the defaults differ from each other wherever they may."""
+    """Shapes of one call; the defaults differ from each other wherever they may.
+
+    Ht is the teacher's number of heads, 0 where it is H; G is how many of the teacher's tokens
+    belong to a key of the student.
+    """
 
     B: int = 2
     H: int = 3
@@ -31,6 +36,8 @@ class Sizes(NamedTuple):
     D: int = 8
     Dv: int = 5
     Dt: int = 11
+    Ht: int = 0
+    G: int = 1
 
 
 class Inputs(NamedTuple):
@@ -62,7 +69,7 @@ def name_of(value: object) -> str | None:
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
     if isinstance(value, Sizes):
-        return "-".join(f"{name}{size}" for name, size in value._asdict().items())
+        return "-".join(f"{name}{size}" for name, size in value._asdict().items() if size)
     return None
 
 
@@ -74,10 +81,10 @@ def random_inputs(
     spread: float = 1.0,
 ) -> Inputs:
     """Normal tensors; `spread` multiplies the queries, and so the logits."""
-    B, H, Lq, Lk, D, Dv, Dt = sizes
-    shapes = ((Lq, D), (Lk, D), (Lk, Dv), (Lq, Dt), (Lk, Dt))
+    B, H, Lq, Lk, D, Dv, Dt, Ht, G = sizes
+    shapes = ((H, Lq, D), (H, Lk, D), (H, Lk, Dv), (Ht or H, Lq, Dt), (Ht or H, G * Lk, Dt))
     query, key, value, teacher_query, teacher_key = (
-        torch.randn(B, H, *shape, dtype=torch.float64) for shape in shapes
+        torch.randn(B, *shape, dtype=torch.float64) for shape in shapes
     )
     student = (spread * query, key, value)
     teacher = (spread * teacher_query, teacher_key)
@@ -94,12 +101,15 @@ def filled(inputs: Inputs, hidden: Tensor, value: float) -> Inputs:
     return inputs._replace(**{n: getattr(inputs, n).masked_fill(hidden, value) for n in names})
 
 
-def random_cotangents(sizes: Sizes, dtype: torch.dtype = torch.float32) -> Cotangents:
+def random_cotangents(
+    sizes: Sizes, dtype: torch.dtype = torch.float32, head_reduction: str = "none"
+) -> Cotangents:
     """Normal cotangents whose values are exact in the dtypes that the operator returns."""
-    B, H, Lq, _, _, Dv, _ = sizes
+    B, H, Lq, Dv = sizes.B, sizes.H, sizes.Lq, sizes.Dv
+    kl_shape = (B, Lq) if head_reduction == "mean" else (B, H, Lq)
     return Cotangents(
         torch.randn(B, H, Lq, Dv, dtype=torch.float64).to(dtype),
-        torch.randn(B, H, Lq, dtype=torch.float64).to(dtype),
+        torch.randn(kl_shape, dtype=torch.float64).to(dtype),
         torch.randn(B, H, Lq, dtype=torch.float64).to(dtype),
     )
 

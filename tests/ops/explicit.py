@@ -6,6 +6,8 @@ code that a practitioner would write, every step in that dtype, and so the bar f
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,38 +16,87 @@ def attention_kl(
     query: Tensor,  # [B, H, Lq, D]
     key: Tensor,  # [B, H, Lk, D]
     value: Tensor,  # [B, H, Lk, Dv]
-    teacher_query: Tensor | None,  # [B, H, Lq, Dt]
-    teacher_key: Tensor | None,  # [B, H, Lk, Dt]
+    teacher_query: Tensor | None,  # [B, Ht, Lq, Dt]
+    teacher_key: Tensor | None,  # [B, Ht, G * Lk, Dt]
     *,
-    teacher_lse: Tensor | None = None,  # [B, H, Lq]
+    teacher_lse: Tensor | None = None,  # [B, Ht, Lq]
     attn_mask: Tensor | None = None,
+    row_weights: Tensor | None = None,
     scale: float | None = None,
     teacher_scale: float | None = None,
     divergence: str = "reverse_kl",
+    head_reduction: str = "none",
+    dropout_p: float = 0.0,
+    kept: Tensor | None = None,  # [B, H, Lq, Lk] bool, what dropout keeps
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return output [B, H, Lq, Dv], divergence [B, H, Lq] (None without teacher), LSE [B, H, Lq].
+    """Return output [B, H, Lq, Dv], divergence (None without teacher), LSE [B, H, Lq].
 
-    Rows that see no key give 0, 0 and -inf.
+    The divergence is [B, H, Lq], of head-averaged maps [B, Lq]. Rows that see no key give 0, 0 and
+    -inf.
     """
-    visible = _visible(attn_mask, (*query.shape[:3], key.shape[2]))
+    keys = key.shape[2]
+    visible = _visible(attn_mask, (*query.shape[:3], keys))
     row_visible = visible.any(-1)
     logits = _logits(query, key, scale, attn_mask, visible)
     lse = torch.logsumexp(logits, -1)
     log_a = logits.log_softmax(-1)
-    output = log_a.exp() @ value
+    attention = log_a.exp()
+    if kept is not None:
+        attention = torch.where(kept, attention / (1 - dropout_p), 0)
+    output = torch.where(row_visible[..., None], attention @ value, 0)
     kl = None
     if teacher_query is not None and teacher_key is not None:
-        teacher_logits = _logits(teacher_query, teacher_key, teacher_scale, attn_mask, visible)
-        if teacher_lse is None:
-            log_b = teacher_logits.log_softmax(-1)
-        else:  # -inf in rows that see no key, which stay finite as their logits do
-            log_b = teacher_logits - torch.where(row_visible, teacher_lse, 0)[..., None]
-        log_b = log_b.to(log_a.dtype)
-        log_ratio = torch.where(visible, log_a - log_b, 0)
-        terms = log_a.exp() * log_ratio if divergence == "reverse_kl" else -log_b.exp() * log_ratio
-        kl = torch.where(row_visible, terms.sum(-1), 0)
-    output = torch.where(row_visible[..., None], output, 0)
+        if teacher_query.shape[1] != query.shape[1]:  # one mask serves all heads
+            visible = visible[:, :1]
+        log_b = log_teacher(
+            teacher_query, teacher_key, keys, teacher_lse, attn_mask, visible, teacher_scale
+        )
+        log_a, log_b = (torch.where(visible, x, LOG_ZERO) for x in (log_a, log_b.to(log_a.dtype)))
+        if head_reduction == "mean":
+            log_a, log_b = (x.logsumexp(1) - math.log(x.shape[1]) for x in (log_a, log_b))
+        terms = DIVERGENCES[divergence](log_a, log_b)
+        sees = row_visible.any(1) if head_reduction == "mean" else row_visible
+        kl = torch.where(sees, terms.sum(-1), 0)
+        if row_weights is not None:
+            kl = kl * row_weights
     return output, kl, torch.where(row_visible, lse, -torch.inf)
+
+
+LOG_ZERO = -1e4  # exp of it is 0 in every dtype, and two of them differ by 0
+
+DIVERGENCES = {
+    "reverse_kl": lambda log_a, log_b: log_a.exp() * (log_a - log_b),
+    "forward_kl": lambda log_a, log_b: log_b.exp() * (log_b - log_a),
+    "js": lambda log_a, log_b: (
+        log_a.exp() * (log_a - log_of_mean(log_a, log_b)) / 2
+        + log_b.exp() * (log_b - log_of_mean(log_a, log_b)) / 2
+    ),
+    "mse": lambda log_a, log_b: (log_a.exp() - log_b.exp()) ** 2,
+}
+
+
+def log_of_mean(log_a: Tensor, log_b: Tensor) -> Tensor:
+    return torch.logaddexp(log_a, log_b) - math.log(2)
+
+
+def log_teacher(
+    query: Tensor,
+    key: Tensor,
+    keys: int,
+    lse: Tensor | None,
+    attn_mask: Tensor | None,
+    visible: Tensor,
+    scale: float | None,
+) -> Tensor:
+    """Return the teacher's log-probabilities [B, Ht, Lq, Lk], summed over groups of its keys."""
+    everything = visible.new_ones(())
+    logits = _logits(query, key, scale, None, everything)
+    logits = logits.unflatten(-1, (keys, -1)).logsumexp(-1)
+    logits = _masked(logits, attn_mask, visible)
+    if lse is None:
+        return logits.log_softmax(-1)
+    # -inf in rows that see no key, which stay finite as their logits do
+    return logits - torch.where(visible.any(-1), lse, 0)[..., None]
 
 
 def teacher_lse(
@@ -73,9 +124,13 @@ def _visible(attn_mask: Tensor | None, shape: tuple[int, ...]) -> Tensor:
 def _logits(
     query: Tensor, key: Tensor, scale: float | None, attn_mask: Tensor | None, visible: Tensor
 ) -> Tensor:
-    """Return [B, H, Lq, Lk]; rows that see nothing stay finite, they are replaced at the end."""
+    """Return the scaled and masked logits [B, H, Lq, Lk]."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    logits = scale * (query @ key.transpose(-1, -2))
+    return _masked(scale * (query @ key.transpose(-1, -2)), attn_mask, visible)
+
+
+def _masked(logits: Tensor, attn_mask: Tensor | None, visible: Tensor) -> Tensor:
+    """Return the logits under the mask; rows that see nothing stay finite, to be replaced."""
     if attn_mask is not None and attn_mask.dtype != torch.bool:
         logits = logits + torch.where(visible, attn_mask, 0).to(logits.dtype)
     return logits.masked_fill(~visible & visible.any(-1, keepdim=True), -torch.inf)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,8 +11,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import attn_kd
+from attn_kd.ops.arguments import Operands, Options
 from tests.ops.cases import (
     DIVERGENCES,
+    HEAD_REDUCTIONS,
+    Cotangents,
+    Results,
     Sizes,
     assert_equal,
     random_cotangents,
@@ -150,6 +155,15 @@ def test_differentiating_the_gradient_is_refused(cpu_backend):
     query = inputs.query.requires_grad_()
     out = attn_kd.attention_kl(*inputs, backend=cpu_backend)
     (grad,) = torch.autograd.grad(out.output.square().sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match="attention_kl_backward is not implemented"):
+        grad.sum().backward()
+
+
+def test_differentiating_the_gradient_of_the_python_function_is_refused(cpu_backend):
+    inputs = random_inputs(Sizes())
+    query = inputs.query.requires_grad_()
+    output = attn_kd.FusedAttentionKL.apply(*Operands(*inputs), *Options())[0]
+    (grad,) = torch.autograd.grad(output.square().sum(), query, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
 
@@ -184,15 +198,42 @@ def test_functional_grad(cpu_backend):
     torch.testing.assert_close(torch.func.grad(loss)(inputs.query.detach()), expected)
 
 
-def test_autograd_function_is_what_the_operator_runs(cpu_backend):
-    inputs, cotangents = random_inputs(Sizes()), random_cotangents(Sizes())
-    scale, teacher_scale = 0.5, 0.25
-
-    def function(*tensors: Tensor) -> tuple[Tensor, ...]:
-        options = (None, None, scale, teacher_scale, "reverse_kl")
-        return attn_kd.FusedAttentionKL.apply(*tensors, *options)[:3]
-
-    assert_equal(
-        run(function, inputs, cotangents),
-        run_backend(cpu_backend, inputs, cotangents, scale=scale, teacher_scale=teacher_scale),
+@every_divergence
+@pytest.mark.parametrize("head_reduction", HEAD_REDUCTIONS)
+@pytest.mark.parametrize("reached", [*Cotangents._fields, "all"])
+def test_the_python_function_equals_the_operator(cpu_backend, divergence, head_reduction, reached):
+    """Its setup and backward in Python against those of csrc/autograd.cpp, bit for bit."""
+    inputs, cotangents = (
+        random_inputs(Sizes()),
+        random_cotangents(Sizes(), torch.float32, head_reduction),
     )
+    if reached != "all":
+        cotangents = cotangents.only(reached)
+    mask = torch.rand(Sizes().Lq, Sizes().Lk) > 0.3
+    seed = torch.tensor([5, 6])
+    options = Options(0.5, 0.25, divergence, head_reduction, 0.2)
+
+    def by(call: Callable) -> Results:
+        def function(*tensors: Tensor) -> tuple[Tensor, ...]:
+            return call(*Operands(*tensors, attn_mask=mask, dropout_seed=seed), *options)[:3]
+
+        return run(function, inputs, cotangents)
+
+    assert_equal(by(attn_kd.FusedAttentionKL.apply), by(torch.ops.attn_kd.attention_kl_forward))
+
+
+def test_results_that_are_not_differentiable(cpu_backend):
+    inputs = [tensor.requires_grad_() for tensor in random_inputs(Sizes())[:3]]
+    teacher = random_inputs(Sizes())[3:]
+    arguments = (*Operands(*inputs, *teacher), *Options())
+    for call in (attn_kd.FusedAttentionKL.apply, torch.ops.attn_kd.attention_kl_forward):
+        assert [result.requires_grad for result in call(*arguments)] == [True] * 3 + [False] * 2
+
+
+def test_forward_mode_is_refused(cpu_backend):
+    """Silently dropping the tangents would be worse."""
+    inputs = random_inputs(Sizes())
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(inputs.query, torch.ones_like(inputs.query))
+        with pytest.raises(RuntimeError):
+            attn_kd.attention_kl(dual, *inputs[1:], backend=cpu_backend)

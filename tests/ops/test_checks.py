@@ -14,7 +14,7 @@ from attn_kd import InputError
 from attn_kd.ops import checks
 from tests.ops.cases import Sizes, random_inputs
 
-B, H, Lq, Lk, D, Dv, Dt = SIZES = Sizes(B=2, H=3, Lq=4, Lk=5, D=6, Dv=7, Dt=8)
+B, H, Lq, Lk, D, Dv, Dt, *_ = SIZES = Sizes(B=2, H=3, Lq=4, Lk=5, D=6, Dv=7, Dt=8)
 
 
 def call(**changes: Any) -> attn_kd.AttentionKLOutput:
@@ -42,7 +42,7 @@ BAD_TENSORS = {
     "teacher_query: grid": ("teacher_query", zeros(B, H, 9, Dt), "teacher_query has 9 tokens"),
     "teacher_query: head_dim": ("teacher_query", zeros(B, H, Lq, 9), "head_dim 8, expected 9"),
     "teacher_key: heads": ("teacher_key", zeros(B, 1, Lk, Dt), "teacher_key has 1 heads"),
-    "teacher_key: grid": ("teacher_key", zeros(B, H, 9, Dt), "teacher_key has 9 tokens"),
+    "teacher_key: grid": ("teacher_key", zeros(B, H, 9, Dt), "teacher_key has 9 tokens.*multiple"),
     "teacher_key: device": (
         "teacher_key",
         zeros(B, H, Lk, Dt, device="meta"),
@@ -129,6 +129,7 @@ def test_empty_everywhere(empty):
         ({"teacher_scale": float("nan")}, "teacher_scale=nan"),
         ({"dropout_p": -0.1}, "dropout_p=-0.1"),
         ({"dropout_p": 1.0}, "dropout_p=1.0"),
+        ({"dropout_p": float("nan")}, "dropout_p=nan"),
     ],
     ids=lambda value: (
         "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else ""
@@ -139,18 +140,58 @@ def test_options(options, message):
         call(**options)
 
 
+MEAN = {"head_reduction": "mean"}
+
+
 @pytest.mark.parametrize(
-    ("options", "named"),
+    ("change", "message"),
     [
-        ({"divergence": "js"}, "divergence='js'"),
-        ({"divergence": "mse"}, "divergence='mse'"),
-        ({"head_reduction": "mean"}, 'head_reduction="mean"'),
-        ({"dropout_p": 0.1}, "dropout_p=0.1"),
+        ({"teacher_query": zeros(B, 2, Lq, Dt)}, "teacher_key has 3 heads, expected 2"),
+        ({"teacher_key": zeros(B, 2, Lk, Dt)}, "teacher_key has 2 heads, expected 3"),
+        ({"teacher_lse": zeros(B, Lq)}, r"teacher_lse has shape .*expected \(2, 3, 4\)"),
+        (
+            {
+                "teacher_query": zeros(B, 2, Lq, Dt),
+                "teacher_key": zeros(B, 2, Lk, Dt),
+                "attn_mask": zeros(H, 1, Lk),
+            },
+            "attn_mask has shape .*3 heads, but the teacher has 2",
+        ),
     ],
+    ids=["teacher_query", "teacher_key", "teacher_lse", "mask per head"],
 )
-def test_what_is_planned_says_so(options, named):
-    with pytest.raises(NotImplementedError, match=named):
-        call(**options)
+def test_heads_that_do_not_fit_in_an_average(change, message):
+    with pytest.raises(InputError, match=message):
+        call(**MEAN, **change)
+
+
+@pytest.mark.parametrize(
+    ("row_weights", "options", "message"),
+    [
+        (zeros(B, Lq), {}, r"row_weights has shape \(2, 4\).*\(2, 3, 4\)"),
+        (zeros(B, H, Lq), MEAN, r"row_weights has shape \(2, 3, 4\).*\(2, 4\)"),
+        (zeros(Lq, dtype=torch.int64), {}, "row_weights is torch.int64"),
+        (zeros(Lq, device="meta"), {}, "row_weights is on meta"),
+        (0.5, {}, "row_weights is float"),
+    ],
+    ids=["shape", "shape of an average", "dtype", "device", "number"],
+)
+def test_row_weights(row_weights, options, message):
+    with pytest.raises(InputError, match=message):
+        call(row_weights=row_weights, **options)
+
+
+@pytest.mark.parametrize("name", [*TENSORS, "teacher_lse", "attn_mask"])
+def test_what_is_no_tensor(name):
+    with pytest.raises(InputError, match=f"{name} is list, expected a torch.Tensor"):
+        call(**{name: [1.0, 2.0]})
+
+
+def test_no_teacher():
+    with pytest.raises(InputError, match="teacher_query is None"):
+        call(teacher_query=None, teacher_key=None)
+    with pytest.raises(InputError, match="teacher_key is NoneType"):
+        call(teacher_key=None)
 
 
 def test_errors_of_attention():
@@ -159,16 +200,18 @@ def test_errors_of_attention():
         attn_kd.attention(query, key, torch.zeros(B, H, 9, Dv))
     with pytest.raises(InputError, match="attn_mask has shape"):
         attn_kd.attention(query, key, value, attn_mask=torch.zeros(9, 9))
-    with pytest.raises(NotImplementedError, match=r"dropout_p=0\.5"):
-        attn_kd.attention(query, key, value, dropout_p=0.5)
+    with pytest.raises(InputError, match=r"dropout_p=1\.5"):
+        attn_kd.attention(query, key, value, dropout_p=1.5)
+    with pytest.raises(InputError, match="value has shape"):
+        attn_kd.attention(query, key, torch.zeros(B, H, Lk, 0))
 
 
 def test_errors_of_the_divergence_alone():
     query, key, _, teacher_query, teacher_key = random_inputs(SIZES)
     with pytest.raises(InputError, match="teacher_key has 9 tokens"):
         attn_kd.attention_kl_div(query, key, teacher_query, torch.zeros(B, H, 9, Dt))
-    with pytest.raises(NotImplementedError, match="js"):
-        attn_kd.attention_kl_div(query, key, teacher_query, teacher_key, divergence="js")
+    with pytest.raises(InputError, match="divergence='l1' is unknown"):
+        attn_kd.attention_kl_div(query, key, teacher_query, teacher_key, divergence="l1")
 
 
 def test_input_error_is_a_value_error_of_one_line():
