@@ -1,57 +1,28 @@
 // Differentiation of the operators, the same for every device: the Autograd kernels of both, which
 // end in the device's own forward and backward kernels. Python takes no part in either direction.
-#include <torch/csrc/autograd/VariableTypeUtils.h>
-#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/basic_ops.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
 #include <torch/library.h>
 
-#include <optional>
-#include <string_view>
-#include <tuple>
+#include <array>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <type_traits>
+#include <utility>
+
+#include "operators.h"
 
 namespace attn_kd {
 namespace {
 
 using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 using torch::autograd::Node;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
-
-using ForwardResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-using Forward = ForwardResults(const Tensor& query, const Tensor& key, const Tensor& value,
-                               const OptionalTensor& teacher_query,
-                               const OptionalTensor& teacher_key, const OptionalTensor& teacher_lse,
-                               const OptionalTensor& attn_mask, const OptionalTensor& dropout_seed,
-                               std::optional<double> scale, std::optional<double> teacher_scale,
-                               std::string_view divergence, std::string_view head_reduction,
-                               double dropout_p);
-
-using BackwardResults = std::tuple<Tensor, Tensor, Tensor>;
-using Backward = BackwardResults(const OptionalTensor& grad_output, const OptionalTensor& grad_kl,
-                                 const OptionalTensor& grad_lse, const Tensor& query,
-                                 const Tensor& key, const Tensor& value,
-                                 const OptionalTensor& teacher_query,
-                                 const OptionalTensor& teacher_key, const OptionalTensor& attn_mask,
-                                 const OptionalTensor& dropout_seed, const Tensor& output,
-                                 const OptionalTensor& teacher_lse, const Tensor& row_state,
-                                 std::optional<double> scale, std::optional<double> teacher_scale,
-                                 std::string_view divergence, std::string_view head_reduction,
-                                 double dropout_p);
-
-template <class Signature>
-c10::TypedOperatorHandle<Signature> find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
-const auto& forward_operator() {
-  static const auto handle = find<Forward>("attn_kd::attention_kl_forward");
-  return handle;
-}
-
-const auto& backward_operator() {
-  static const auto handle = find<Backward>("attn_kd::attention_kl_backward");
-  return handle;
-}
 
 OptionalTensor if_defined(const Tensor& x) {
   return x.defined() ? OptionalTensor(x) : std::nullopt;

@@ -2,10 +2,12 @@
 // are reached through torch.ops.attn_kd, registered when this library is loaded.
 #include <torch/extension.h>
 
+#include "call.h"
 #include "cpu/dispatch.h"
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Build facts and controls of attn_kd's compiled kernels.";
+  attn_kd::define_call(m);
   m.def(
       "instruction_set", [] { return attn_kd::cpu::active_kernels().name; },
       "Name of the instruction set whose CPU kernels are in use.");

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from attn_kd.ops import extension, fake
+from attn_kd.ops import autocast, extension, fake
 from attn_kd.ops.arguments import Operands, Options
 
 
@@ -29,7 +29,11 @@ class FusedAttentionKL(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        return torch.ops.attn_kd.attention_kl_forward(*arguments)
+        device = arguments[0].device
+        if not autocast.is_enabled(device):
+            return torch.ops.attn_kd.attention_kl_forward(*arguments)
+        with torch.autocast(device.type, enabled=False):
+            return torch.ops.attn_kd.attention_kl_forward(*arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:

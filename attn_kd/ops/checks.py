@@ -39,6 +39,15 @@ def check_options(divergence: str, head_reduction: str, dropout_p: float = 0.0) 
         raise InputError(f"divergence={divergence!r} is unknown; expected one of {DIVERGENCES}")
     if head_reduction not in HEAD_REDUCTIONS:
         raise InputError(f'head_reduction={head_reduction!r} is unknown; expected "none" or "mean"')
+    check_dropout(dropout_p)
+
+
+def check_dropout(dropout_p: float) -> None:
+    """Check the probability of dropout.
+
+    Raises:
+        InputError: it is not in [0, 1).
+    """
     if not 0.0 <= dropout_p < 1.0:
         raise InputError(f"dropout_p={dropout_p} is not a probability in [0, 1)")
 

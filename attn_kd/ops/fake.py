@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attn_kd.errors import InputError
 from attn_kd.ops.arguments import Operands, Options
 
 
@@ -42,7 +43,9 @@ def _check_devices(operands: Operands) -> None:
     """Tensors of the meta device among real ones arrive here, not at the kernels."""
     for name, tensor in operands._asdict().items():
         if tensor is not None and tensor.device != operands.query.device:
-            raise ValueError(f"{name} is on {tensor.device} but query on {operands.query.device}")
+            raise InputError(
+                f"{name} is on {tensor.device} but query is on {operands.query.device}"
+            )
 
 
 def _attention_kl_backward(

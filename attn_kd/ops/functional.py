@@ -7,7 +7,6 @@ from typing import NamedTuple
 from torch import Tensor
 
 from attn_kd.errors import InputError
-from attn_kd.ops.arguments import Operands, Options
 from attn_kd.ops.checks import check_row_weights
 from attn_kd.ops.dispatch import run
 
@@ -53,8 +52,10 @@ def attention(
     Raises:
         InputError: the arguments do not fit together (the message names the offending value).
     """
-    operands = Operands(query, key, value, attn_mask=attn_mask)
-    output, _, lse = run(operands, Options(scale=scale, dropout_p=dropout_p), backend)
+    _check_given("value", value)
+    operands = (query, key, value, None, None, None, attn_mask)
+    options = (scale, None, "reverse_kl", "none", dropout_p)
+    output, _, lse = run(operands, options, backend)
     return AttentionOutput(output, lse)
 
 
@@ -124,11 +125,14 @@ def attention_kl(
     Raises:
         InputError: the arguments do not fit together (the message names the offending value).
     """
-    _check_teacher_given(teacher_query)
-    operands = Operands(query, key, value, teacher_query, teacher_key, teacher_lse, attn_mask)
-    options = Options(scale, teacher_scale, divergence, head_reduction, dropout_p)
+    _check_given("value", value)
+    _check_given("teacher_query", teacher_query)
+    operands = (query, key, value, teacher_query, teacher_key, teacher_lse, attn_mask)
+    options = (scale, teacher_scale, divergence, head_reduction, dropout_p)
     output, kl, lse = run(operands, options, backend)
-    return AttentionKLOutput(output, _weighted(kl, row_weights), lse)
+    if row_weights is not None:
+        kl = _weighted(kl, row_weights)
+    return AttentionKLOutput(output, kl, lse)
 
 
 def attention_kl_div(
@@ -150,21 +154,21 @@ def attention_kl_div(
 
     Arguments, semantics and errors are those of `attention_kl`.
     """
-    _check_teacher_given(teacher_query)
-    operands = Operands(query, key, key, teacher_query, teacher_key, teacher_lse, attn_mask)
-    options = Options(scale, teacher_scale, divergence, head_reduction)
-    _, kl, lse = run(operands, options, backend, with_value=False)
-    return AttentionKLDivOutput(_weighted(kl, row_weights), lse)
+    _check_given("teacher_query", teacher_query)
+    operands = (query, key, None, teacher_query, teacher_key, teacher_lse, attn_mask)
+    options = (scale, teacher_scale, divergence, head_reduction, 0.0)
+    _, kl, lse = run(operands, options, backend)
+    if row_weights is not None:
+        kl = _weighted(kl, row_weights)
+    return AttentionKLDivOutput(kl, lse)
 
 
-def _check_teacher_given(teacher_query: Tensor | None) -> None:
-    """Without a teacher the operator beneath would do plain attention."""
-    if teacher_query is None:
-        raise InputError("teacher_query is None, expected a tensor; `attention` has no teacher")
+def _check_given(name: str, tensor: Tensor | None) -> None:
+    """Check what the operator beneath can do without, but not this function."""
+    if tensor is None:
+        raise InputError(f"{name} is None, expected a torch.Tensor")
 
 
-def _weighted(kl: Tensor, row_weights: Tensor | None) -> Tensor:
-    if row_weights is None:
-        return kl
+def _weighted(kl: Tensor, row_weights: Tensor) -> Tensor:
     check_row_weights(row_weights, kl)
     return kl * row_weights.to(kl.dtype)
