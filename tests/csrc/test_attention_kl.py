@@ -43,3 +43,14 @@ def test_split_sums_are_rounded_once(threads, dtype, divergence):
     wide = inputs.to(torch.float32)
     expected = run_backend("cpu", wide, cotangents, divergence=divergence)["grad_query"]
     torch.testing.assert_close(split, expected.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+@every_divergence
+@pytest.mark.parametrize("threads", [2, 5], indirect=True, ids=lambda n: f"{n} threads")
+@pytest.mark.parametrize("Lk", [191, 1100])
+def test_keys_of_averaged_maps_split_between_threads(Lk, threads, divergence):
+    sizes = Sizes(B=1, H=2, Lq=70, Lk=Lk, Ht=3)
+    inputs, cotangents = random_inputs(sizes), random_cotangents(sizes, head_reduction="mean")
+    options = {"divergence": divergence, "head_reduction": "mean"}
+    actual = run_backend("cpu", inputs, cotangents, **options)
+    assert_as_accurate_as_eager(actual, inputs, cotangents, **options)

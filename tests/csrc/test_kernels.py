@@ -1,8 +1,8 @@
 """The kernels of every instruction set, at the sizes where their tiles begin and end.
 
 Sizes refer to csrc/cpu: panels of 64 queries in float32 and 32 in float64, up to 4 of them a task;
-tiles of 96 keys forward and 48 backward; chunks of 512 keys backward; micro-kernels of 4, 6, 8 or
-12 rows and 1 to 4 vectors of 4 to 16 lanes.
+tiles of 96 keys forward, 48 backward and in second passes; chunks of 512 keys backward, of fewer
+for several heads together; micro-kernels of 4, 6, 8 or 12 rows and 1 to 4 vectors of 4 to 16 lanes.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tests.ops.cases import (
     DIVERGENCES,
+    HEAD_REDUCTIONS,
     Sizes,
     assert_as_accurate_as_eager,
     assert_equal,
@@ -27,6 +28,7 @@ pytestmark = pytest.mark.usefixtures("instruction_set")
 
 both_accumulations = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
 every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES)
+every_reduction = pytest.mark.parametrize("head_reduction", HEAD_REDUCTIONS)
 
 QUERIES = (1, 31, 32, 33, 63, 64, 65, 127, 129)
 KEYS = (1, 47, 48, 49, 95, 96, 97, 145, 193)
@@ -39,7 +41,8 @@ def check(
     roundings: float | None = None,
     **options,
 ) -> None:
-    inputs, cotangents = random_inputs(sizes, dtype), random_cotangents(sizes, dtype)
+    inputs = random_inputs(sizes, dtype)
+    cotangents = random_cotangents(sizes, dtype, options.get("head_reduction", "none"))
     actual = run_backend("cpu", inputs, cotangents, **options)
     assert_as_accurate_as_eager(actual, inputs, cotangents, roundings=roundings, **options)
 
@@ -117,6 +120,35 @@ def test_maximum_that_rises_with_every_tile(divergence, given):
         assert_as_accurate_as_eager(actual, steep, cotangents, roundings=16, **options)
 
 
+@every_divergence
+@pytest.mark.parametrize("Lq", [1, 33, 65, 129], ids=lambda n: f"{n} queries")
+@pytest.mark.parametrize("Lk", [1, 47, 49, 97], ids=lambda n: f"{n} keys")
+def test_averaged_maps_around_the_tiles(Lk, Lq, divergence):
+    sizes = Sizes(B=2, H=3, Lq=Lq, Lk=Lk, Ht=2)
+    check(sizes, divergence=divergence, head_reduction="mean")
+
+
+@every_divergence
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=name_of)
+def test_averaged_maps_of_every_dtype(dtype, divergence):
+    check(Sizes(Ht=5, Lk=60), dtype, divergence=divergence, head_reduction="mean")
+
+
+@pytest.mark.parametrize("count", [239, 240, 241, 500])
+def test_averaged_maps_around_the_chunks(count):
+    # 16 heads, 32 + 32 columns of gradients: 1 MiB is 256 keys, 240 in whole tiles
+    check(Sizes(B=1, H=16, Lq=70, Lk=count, D=32, Dv=32, Dt=4), head_reduction="mean")
+
+
+@every_divergence
+@every_reduction
+@pytest.mark.parametrize("G", [2, 3])
+@pytest.mark.parametrize("Lk", [1, 50, 97, 130], ids=lambda n: f"{n} keys")
+def test_grouped_teacher_keys_around_the_tiles(Lk, G, head_reduction, divergence):
+    sizes = Sizes(B=1, H=2, Lq=35, Lk=Lk, G=G)
+    check(sizes, divergence=divergence, head_reduction=head_reduction)
+
+
 def band(Lq: int, Lk: int, width: int) -> Tensor:
     """Row i sees `width` keys from i on: whole tiles are hidden for some rows or for all."""
     offset = torch.arange(Lk)[None, :] - torch.arange(Lq)[:, None]
@@ -142,6 +174,17 @@ MASKS = {
 }
 
 
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
+def test_hidden_tiles_of_averaged_maps(mask):
+    """Of all heads, and of the first and the last head alone."""
+    sizes = Sizes(B=1, H=3, Lq=130, Lk=400, D=8, Dv=6, Dt=8)
+    check(sizes, attn_mask=mask, head_reduction="mean")
+    for head in (0, 2):
+        of_one = torch.ones(1, 3, 130, 400, dtype=torch.bool)
+        of_one[0, head] = mask
+        check(sizes, attn_mask=of_one, head_reduction="mean")
+
+
 @every_divergence
 @pytest.mark.parametrize("kind", ["bool", "additive"])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
@@ -152,14 +195,17 @@ def test_hidden_tiles(mask, kind, divergence):
     check(sizes, attn_mask=mask, divergence=divergence)
 
 
+@every_reduction
 @pytest.mark.parametrize("Lq", [1, 37, 4 * 64 + 1], ids=lambda n: f"{n} queries")
-def test_garbage_in_hidden_keys_changes_nothing(Lq):
+def test_garbage_in_hidden_keys_changes_nothing(Lq, head_reduction):
     """In every panel of a task, in tiles that are hidden in part and as a whole."""
     sizes = Sizes(B=1, H=8, Lq=Lq, Lk=230)
-    inputs, cotangents = random_inputs(sizes), random_cotangents(sizes)
+    inputs = random_inputs(sizes)
+    cotangents = random_cotangents(sizes, head_reduction=head_reduction)
     mask = keys_from_to(sizes.Lk, 3, 90)
+    options = {"attn_mask": mask, "head_reduction": head_reduction}
     clean, dirty = (
-        run_backend("cpu", filled(inputs, ~mask, value), cotangents, attn_mask=mask)
+        run_backend("cpu", filled(inputs, ~mask, value), cotangents, **options)
         for value in (0, torch.nan)
     )
     assert_equal(dirty, clean)
@@ -178,19 +224,21 @@ def test_padding_lanes_hold_nothing_of_the_previous_panel():
 
 
 @both_accumulations
-def test_results_do_not_depend_on_what_memory_held(dtype):
+@every_reduction
+def test_results_do_not_depend_on_what_memory_held(head_reduction, dtype):
     """Every element of every result is written, and no scratch is read before it is."""
     sizes = Sizes(B=1, H=2, Lq=37, Lk=61, D=7, Dv=5, Dt=9)
-    inputs, cotangents = random_inputs(sizes, dtype), random_cotangents(sizes, dtype)
-    mask = torch.rand(sizes.Lq, sizes.Lk) > 0.3
-    first = run_backend("cpu", inputs, cotangents, attn_mask=mask)
+    inputs = random_inputs(sizes, dtype)
+    cotangents = random_cotangents(sizes, dtype, head_reduction)
+    options = {"attn_mask": torch.rand(sizes.Lq, sizes.Lk) > 0.3, "head_reduction": head_reduction}
+    first = run_backend("cpu", inputs, cotangents, **options)
     soiled = [torch.full((n,), torch.nan) for n in range(64, 60_000, 997)]
     del soiled  # the allocator hands this memory out again
     torch.utils.deterministic.fill_uninitialized_memory = True
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:
-        second = run_backend("cpu", inputs, cotangents, attn_mask=mask)
+        second = run_backend("cpu", inputs, cotangents, **options)
     finally:
         torch.use_deterministic_algorithms(before)
     assert_equal(second, first)
