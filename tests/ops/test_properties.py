@@ -13,6 +13,7 @@ from torch import Tensor
 from tests.ops import explicit
 from tests.ops.cases import (
     DIVERGENCES,
+    HEAD_REDUCTIONS,
     Cotangents,
     Inputs,
     Sizes,
@@ -33,6 +34,8 @@ sizes = st.builds(
     D=st.integers(1, 40),
     Dv=st.integers(1, 40),
     Dt=st.integers(1, 40),
+    Ht=st.just(0),
+    G=st.sampled_from([1, 1, 2, 5]),
 )
 
 
@@ -57,8 +60,9 @@ def draw_options(data: st.DataObject, inputs: Inputs, sizes: Sizes) -> dict[str,
         "scale": data.draw(scales),
         "teacher_scale": data.draw(scales),
         "divergence": data.draw(st.sampled_from(DIVERGENCES)),
+        "head_reduction": data.draw(st.sampled_from(HEAD_REDUCTIONS)),
     }
-    if data.draw(st.booleans(), label="given teacher_lse"):
+    if sizes.G == 1 and data.draw(st.booleans(), label="given teacher_lse"):
         mask = options["attn_mask"]
         if mask is not None and mask.is_floating_point():
             mask = mask.double()
@@ -71,9 +75,11 @@ def draw_options(data: st.DataObject, inputs: Inputs, sizes: Sizes) -> dict[str,
     return options
 
 
-def draw_cotangents(data: st.DataObject, sizes: Sizes, dtype: torch.dtype) -> Cotangents:
+def draw_cotangents(
+    data: st.DataObject, sizes: Sizes, dtype: torch.dtype, head_reduction: str
+) -> Cotangents:
     names = data.draw(st.sets(st.sampled_from(Cotangents._fields), min_size=1))
-    return random_cotangents(sizes, dtype).only(*names)
+    return random_cotangents(sizes, dtype, head_reduction).only(*names)
 
 
 @pytest.mark.parametrize("backend_name", ["cpu", "reference"])
@@ -86,6 +92,6 @@ def test_agrees_with_the_definition(backend_name, data, sizes, seed):
     inputs = random_inputs(sizes, dtype)
     inputs = Inputs(*(data.draw(st.sampled_from(LAYOUTS))(tensor) for tensor in inputs))
     options = draw_options(data, inputs, sizes)
-    cotangents = draw_cotangents(data, sizes, dtype)
+    cotangents = draw_cotangents(data, sizes, dtype, options["head_reduction"])
     actual = run_backend(backend_name, inputs, cotangents, **options)
     assert_as_accurate_as_eager(actual, inputs, cotangents, **options)
