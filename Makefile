@@ -3,7 +3,7 @@
 #
 #   make demo    the main job, small: teacher, baseline and distilled student; report in demo/
 #   make test    all tests
-#   make bench   the benchmarks (a quarter of an hour), then tables and, in bench/figures/, figures
+#   make bench   the benchmarks (some 17 minutes), then tables and, in bench/figures/, figures
 #   make lint    formatting, lint and types
 #   make format  formats Python and C++
 #   make clean   removes what the above made, the virtual environment included

@@ -18,9 +18,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--budget",
         type=float,
-        default=6.0,
+        default=4.0,
         metavar="SECONDS",
-        help="time for the rounds of one measurement (default: 6); three rounds at the least",
+        help="time for the rounds of one measurement (default: 4); three rounds at the least",
     )
     group.addoption("--threads", type=int, default=None, help="threads of torch (default: its own)")
 

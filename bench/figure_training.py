@@ -36,7 +36,7 @@ def draw_training(run: Run) -> Figure | None:
     }
     if not seconds or not mebibytes:
         return None
-    settings = [setting for setting in seconds if setting in mebibytes]
+    settings = [setting for setting in seconds if setting in mebibytes]  # the larger ones
     height = 1.2 + 0.2 * (len(WAYS) + 1) * len(settings)
     figure, panels = plt.subplots(1, 2, figsize=(9.5, height), sharey=True, layout="constrained")
     _draw_panel(panels[0], settings, seconds, _seconds)
