@@ -27,8 +27,7 @@ from attn_kd.cli._training import (
 from attn_kd.distill.alignment import ALIGNMENTS
 from attn_kd.distill.layers import KINDS, SELECTIONS
 from attn_kd.errors import InputError
-from attn_kd.ops.checks import DIVERGENCES
-from attn_kd.training.config import HEAD_REDUCTIONS
+from attn_kd.ops.checks import DIVERGENCES, HEAD_REDUCTIONS
 from attn_kd.training.records import RECORD_FILE, RunRecord
 
 _DISTILLATION_OPTIONS = (

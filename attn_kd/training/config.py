@@ -16,12 +16,11 @@ from attn_kd._atomic import replacing_file
 from attn_kd.distill.alignment import ALIGNMENTS
 from attn_kd.distill.layers import KINDS, SELECTIONS
 from attn_kd.errors import InputError
-from attn_kd.ops.checks import DIVERGENCES
+from attn_kd.ops.checks import DIVERGENCES, HEAD_REDUCTIONS
 from attn_kd.training.recipes import RECIPES
 
 SCHEDULES = ("constant", "linear", "cosine")
 MIXED_PRECISIONS = ("none", "bf16", "bf16-backbone")
-HEAD_REDUCTIONS = ("none", "mean")
 
 #: Fields that may differ between an interrupted run and its continuation: they change what is seen
 #: of a run and how fast it goes, never the weights it arrives at.
