@@ -11,8 +11,8 @@
 #include "divergence.h"
 #include "dropout.h"
 #include "exp2.h"
-#include "gemm.h"
 #include "groups.h"
+#include "operand.h"
 
 namespace attn_kd::ATTN_KD_ISA {
 
@@ -52,11 +52,12 @@ class BackwardWorker {
         value_dim_(problem.grad_output ? problem.value_dim : 0),
         head_ld_(round_up(problem.head_dim, kLanes<T>)),
         value_ld_(round_up(value_dim_, kLanes<T>)),
-        chunk_(min(kChunkKeys, problem.key_length)),
+        chunk_(chunk_keys(problem)),
         tile_keys_(min(kBackwardKeys, chunk_)),
-        key_(scratch.take(chunk_ * p_.head_dim)),
-        teacher_key_(scratch.take(teacher_keys(chunk_) * p_.teacher_dim)),
-        value_(scratch.take(chunk_ * value_dim_)),
+        key_(p_.key, p_.head_dim, chunk_, Bias<T>::hides_keys(p_.mask), scratch),
+        teacher_key_(p_.teacher_key, p_.teacher_dim, teacher_keys(chunk_),
+                     Bias<T>::hides_keys(p_.mask), scratch),
+        value_(p_.value, value_dim_, chunk_, Bias<T>::hides_keys(p_.mask), scratch),
         grad_key_(scratch.take(chunk_ * head_ld_)),
         grad_value_(scratch.take(chunk_ * value_ld_)),
         query_rows_(scratch.take(P * head_ld_)),
@@ -102,126 +103,149 @@ class BackwardWorker {
   static int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
   static int64_t vectors_of(int64_t rows) { return round_up(rows, kLanes<T>) / kLanes<T>; }
   int64_t teacher_keys(int64_t keys) const { return keys * p_.teacher_keys_per_key; }
+  // Chunks of one size, as large as kChunkKeys allows: a short last one would cost as many panels.
+  static int64_t chunk_keys(const BackwardProblem& p) {
+    const int64_t keys = ceil_div(p.key_length, p.key_splits);
+    const int64_t equal = ceil_div(keys, ceil_div(keys, kChunkKeys));
+    return min(keys, round_up(equal, kBackwardKeys));
+  }
   int64_t widest() const {
     const int64_t widest = head_ld_ > value_ld_ ? head_ld_ : value_ld_;
     return widest > p_.teacher_dim ? widest : p_.teacher_dim;
   }
 
   void start_chunk(int64_t b, int64_t h, int64_t first, int64_t keys) {
-    load_rows(p_.key, b, h, first, keys, p_.head_dim, key_, p_.head_dim);
-    if constexpr (Div::kTeacher)
-      load_rows(p_.teacher_key, b, h, teacher_keys(first), teacher_keys(keys), p_.teacher_dim,
-                teacher_key_, p_.teacher_dim);
-    if (value_dim_) load_rows(p_.value, b, h, first, keys, value_dim_, value_, value_dim_);
+    key_.read(b, h, first, keys);
+    if constexpr (Div::kTeacher) teacher_key_.read(b, h, teacher_keys(first), teacher_keys(keys));
+    value_.read(b, h, first, keys);
     fill(grad_key_, keys * head_ld_, T(0));
     fill(grad_value_, keys * value_ld_, T(0));
   }
 
   void start_panel(int64_t b, int64_t h, int64_t row, int64_t rows) {
-    if constexpr (Div::kTeacher) {
-      load_rows(p_.teacher_query, b, h, row, rows, p_.teacher_dim, rows_, p_.teacher_dim);
-      transpose_to_panel(rows_, p_.teacher_dim, rows, p_.teacher_dim, T(p_.teacher_scale * kLog2e),
-                         teacher_query_);
-    }
+    if constexpr (Div::kTeacher)
+      transpose_to_panel(rows_of(p_.teacher_query, b, h, row, rows, p_.teacher_dim, rows_), rows,
+                         p_.teacher_dim, T(p_.teacher_scale * kLog2e), teacher_query_);
     load_rows(p_.query, b, h, row, rows, p_.head_dim, query_rows_, head_ld_);
-    transpose_to_panel(query_rows_, head_ld_, rows, p_.head_dim, T(p_.scale * kLog2e), query_);
+    transpose_to_panel(Rows<T>{query_rows_, head_ld_}, rows, p_.head_dim, T(p_.scale * kLog2e),
+                       query_);
     fill(grad_query_, P * p_.head_dim, T(0));
     if (value_dim_) {
       load_rows(p_.output, b, h, row, rows, value_dim_, rows_, value_ld_);
       load_rows(p_.grad_output, b, h, row, rows, value_dim_, grad_output_rows_, value_ld_);
     }
     row_constants((b * p_.heads + h) * p_.query_length + row, rows);
-    transpose_to_panel(grad_output_rows_, value_ld_, rows, value_dim_, T(1), grad_output_);
+    transpose_to_panel(Rows<T>{grad_output_rows_, value_ld_}, rows, value_dim_, T(1), grad_output_);
   }
 
   // Per row: what of dS does not depend on the key, and the inverse sum, which goes into the rows
   // of dO too. Lanes without a row, and rows that see no key, get an infinite origin, so that their
   // probabilities are exactly 0.
   void row_constants(int64_t at, int64_t rows) {
-    const auto read = [at](const void* values, int64_t row) {
-      return values ? static_cast<double>(static_cast<const T*>(values)[at + row]) : 0.0;
+    constexpr T kInfinity = static_cast<T>(__builtin_inf());
+    const auto read = [&](const void* values, int64_t lane) {
+      return read_lanes(static_cast<const T*>(values), at + lane, rows - lane);
     };
-    fill(origin_, P, static_cast<T>(__builtin_inf()));
-    fill(teacher_lse_, P, static_cast<T>(__builtin_inf()));
-    fill(offset_, P, T(0));
-    fill(slope_, P, T(0));
-    for (int64_t row = 0; row < rows; ++row) {
-      T* grad_output = grad_output_rows_ + row * value_ld_;
-      const double inverse_sum = read(p_.inverse_sum, row);
-      if (inverse_sum == 0) {
-        fill(grad_output, value_ld_, T(0));
-        continue;
-      }
-      origin_[row] = static_cast<T>(read(p_.origin, row));
-      double offset = read(p_.grad_lse, row) - dot(grad_output, rows_ + row * value_ld_, value_ld_);
+    for (int64_t lane = 0; lane < rows; lane += kLanes<T>) {
+      const vec<T> inverse_sum = read(p_.inverse_sum, lane);
+      const auto sees = inverse_sum != T(0);
+      vec<T> offset = read(p_.grad_lse, lane) - output_gradient(lane, rows);
       if constexpr (Div::kTeacher) {
-        const double grad = read(p_.grad_kl, row);
-        teacher_lse_[row] = static_cast<T>(kLog2e * read(p_.teacher_lse, row));
-        offset += Div::offset(grad, read(p_.correction, row));
-        slope_[row] = static_cast<T>(Div::slope(grad, inverse_sum));
+        const vec<T> grad = read(p_.grad_kl, lane);
+        const vec<T> teacher_lse = read(p_.teacher_lse, lane) * T(kLog2e);
+        store<T>(teacher_lse_ + lane, sees ? teacher_lse : broadcast(kInfinity));
+        offset += Div::template row_offset<T>(grad, read(p_.correction, lane));
+        const vec<T> slope = Div::template row_slope<T>(grad, inverse_sum);
+        store<T>(slope_ + lane, sees ? slope : vec<T>{});
       }
-      offset_[row] = static_cast<T>(offset * inverse_sum);
-      const T factor = static_cast<T>(inverse_sum * p_.dropout.keep_factor);
-      for (int64_t column = 0; column < value_dim_; ++column) grad_output[column] *= factor;
+      store<T>(origin_ + lane, sees ? read(p_.origin, lane) : broadcast(kInfinity));
+      store<T>(offset_ + lane, sees ? offset * inverse_sum : vec<T>{});
+      scale_grad_output(lane, rows, inverse_sum * T(p_.dropout.keep_factor));
     }
   }
 
-  // Of two scratch rows of whole vectors.
-  static double dot(const T* a, const T* b, int64_t length) {
-    vec<T> products{};
-    for (int64_t i = 0; i < length; i += kLanes<T>) products += load(a + i) * load(b + i);
-    double sum = 0;
-    for (int lane = 0; lane < kLanes<T>; ++lane) sum += products[lane];
-    return sum;
+  // values[at ...] where there are any, 0 in the lanes beyond `count`.
+  static vec<T> read_lanes(const T* values, int64_t at, int64_t count) {
+    vec<T> lanes{};
+    if (!values) return lanes;
+    if (count >= kLanes<T>) return load_unaligned(values + at);
+    for (int64_t lane = 0; lane < count; ++lane) lanes[lane] = values[at + lane];
+    return lanes;
+  }
+
+  // dO . O of the rows from `lane` on, one lane each.
+  vec<T> output_gradient(int64_t lane, int64_t rows) const {
+    constexpr int W = kLanes<T>;
+    vec<T> products[W];
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) {
+      products[i] = vec<T>{};
+      const int64_t at = (lane + i) * value_ld_;
+      if (lane + i < rows)
+        for (int64_t j = 0; j < value_ld_; j += W)
+          products[i] += load(grad_output_rows_ + at + j) * load(rows_ + at + j);
+    }
+    transpose_stages<1, T>(products);
+#pragma GCC unroll 4
+    for (int half = W / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+      for (int i = 0; i < half; ++i) products[i] += products[i + half];
+    return products[0];
+  }
+
+  void scale_grad_output(int64_t lane, int64_t rows, vec<T> factor) {
+    for (int64_t i = 0; i < kLanes<T> && lane + i < rows; ++i)
+      for (int64_t j = 0; j < value_ld_; j += kLanes<T>) {
+        T* at = grad_output_rows_ + (lane + i) * value_ld_ + j;
+        // Not 0 * NaN: a row that sees no key has no gradient, whatever came in.
+        store<T>(at, factor[i] == 0 ? vec<T>{} : load(at) * factor[i]);
+      }
   }
 
   void tile(int64_t key, int64_t keys, int64_t rows) {
     const int64_t vectors = vectors_of(rows);
-    T* k = key_ + key * p_.head_dim;
-    T* tk = teacher_key_ + teacher_keys(key) * p_.teacher_dim;
-    T* v = value_ + key * value_dim_;
-    bias_.clear_hidden(k, keys, p_.head_dim);
-    bias_.clear_hidden(tk, keys, teacher_keys(1) * p_.teacher_dim);
-    bias_.clear_hidden(v, keys, value_dim_);
-    gemm<false, false>(keys, vectors, p_.head_dim, Left<T>{k, p_.head_dim, 1}, query_, P, logits_,
-                       P);
+    bias_.clear_hidden(key_.copy(key), keys, p_.head_dim);
+    bias_.clear_hidden(teacher_key_.copy(teacher_keys(key)), keys,
+                       teacher_keys(1) * p_.teacher_dim);
+    bias_.clear_hidden(value_.copy(key), keys, value_dim_);
+    gemm<false, false, P>(keys, vectors, p_.head_dim, key_.from(key), query_, logits_);
     bias_.add_to(logits_, keys, vectors);
     if constexpr (Div::kTeacher) {
-      gemm<false, false>(teacher_keys(keys), vectors, p_.teacher_dim,
-                         Left<T>{tk, p_.teacher_dim, 1}, teacher_query_, P, teacher_logits_, P);
+      gemm<false, false, P>(teacher_keys(keys), vectors, p_.teacher_dim,
+                            teacher_key_.from(teacher_keys(key)), teacher_query_, teacher_logits_);
       merge_groups(teacher_logits_, keys, teacher_keys(1), vectors);
       bias_.add_to(teacher_logits_, keys, vectors);
     }
     // With no gradient of the output the depth is 0, and the product writes zeros.
-    gemm<false, false>(keys, vectors, value_dim_, Left<T>{v, value_dim_, 1}, grad_output_, P,
-                       grad_probability_, P);
+    gemm<false, false, P>(keys, vectors, value_dim_, value_.from(key), grad_output_,
+                          grad_probability_);
     dropout_.apply(grad_probability_, keys, vectors);
     for (int64_t lane = 0; lane < vectors * kLanes<T>; lane += kLanes<T>)
       grad_sweep<Div>(logits_ + lane, teacher_logits_ + lane, grad_probability_ + lane, keys,
                       load(origin_ + lane), load(teacher_lse_ + lane), load(offset_ + lane),
                       load(slope_ + lane));
     dropout_.apply(logits_, keys, vectors);
-    gemm<true, true>(p_.head_dim, vectors, keys, Left<T>{k, 1, p_.head_dim}, grad_probability_, P,
-                     grad_query_, P);
-    gemm<false, true>(keys, head_ld_ / kLanes<T>, rows, Left<T>{grad_probability_, P, 1},
-                      query_rows_, head_ld_, grad_key_ + key * head_ld_, head_ld_);
-    gemm<false, true>(keys, value_ld_ / kLanes<T>, rows, Left<T>{logits_, P, 1}, grad_output_rows_,
-                      value_ld_, grad_value_ + key * value_ld_, value_ld_);
+    gemm<true, true, P>(p_.head_dim, vectors, keys, key_.from(key), grad_probability_, grad_query_);
+    gemm_rows(keys, head_ld_ / kLanes<T>, rows, Left<T>{grad_probability_, P}, query_rows_,
+              grad_key_ + key * head_ld_, head_ld_);
+    gemm_rows(keys, value_ld_ / kLanes<T>, rows, Left<T>{logits_, P}, grad_output_rows_,
+              grad_value_ + key * value_ld_, value_ld_);
   }
 
   void finish_panel(int64_t b, int64_t h, int64_t row, int64_t rows, bool first_chunk) {
-    const T scale = T(p_.scale);
+    T factor[P];
+    fill(factor, P, T(p_.scale));
+    transpose_from_panel(grad_query_, rows, p_.head_dim, factor, rows_, head_ld_);
     T* dst = static_cast<T*>(p_.grad_query.data) + p_.grad_query.offset(b, h, row);
-    for (int64_t i = 0; i < rows; ++i, dst += p_.grad_query.row_stride)
-      for (int64_t j = 0; j < p_.head_dim; ++j) {
-        const T part = scale * grad_query_[j * P + i];
-        dst[j] = first_chunk ? part : dst[j] + part;
-      }
+    const T* src = rows_;
+    for (int64_t i = 0; i < rows; ++i, dst += p_.grad_query.row_stride, src += head_ld_)
+      for (int64_t j = 0; j < p_.head_dim; ++j) dst[j] = first_chunk ? src[j] : dst[j] + src[j];
   }
 
   const BackwardProblem& p_;
   const int64_t value_dim_, head_ld_, value_ld_, chunk_, tile_keys_;
-  T *key_, *teacher_key_, *value_, *grad_key_, *grad_value_;
+  Operand<T> key_, teacher_key_, value_;
+  T *grad_key_, *grad_value_;
   T *query_rows_, *grad_output_rows_, *rows_, *query_, *teacher_query_, *grad_output_, *grad_query_;
   T *logits_, *teacher_logits_, *grad_probability_, *origin_, *teacher_lse_, *offset_, *slope_;
   Bias<T> bias_;

@@ -51,6 +51,9 @@ class Bias {
       }
   }
 
+  // Whether the rows of some keys must be cleared.
+  static bool hides_keys(const Input& mask) { return mask && mask.row_stride == 0; }
+
   // Zeroes the rows of keys that no query sees, whose contents, NaN from padding perhaps, must not
   // reach a product, not even against a probability of 0.
   void clear_hidden(T* rows, int64_t keys, int64_t width) const {

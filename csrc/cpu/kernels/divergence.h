@@ -55,11 +55,11 @@ struct ReverseKL {
     return T(kLn2) * sum / student_sum;
   }
   template <class T>
-  static T offset(T grad, T correction) {
+  static vec<T> row_offset(vec<T> grad, vec<T> correction) {
     return -grad * correction;
   }
   template <class T>
-  static T slope(T grad, T inverse_sum) {
+  static vec<T> row_slope(vec<T> grad, vec<T> inverse_sum) {
     return grad * T(kLn2) * inverse_sum;
   }
   template <class V>
@@ -94,11 +94,11 @@ struct ForwardKL {
     return 0;
   }
   template <class T>
-  static T offset(T grad, T) {
+  static vec<T> row_offset(vec<T> grad, vec<T>) {
     return grad;
   }
   template <class T>
-  static T slope(T grad, T) {
+  static vec<T> row_slope(vec<T> grad, vec<T>) {
     return grad;
   }
   template <class V>

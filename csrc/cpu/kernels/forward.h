@@ -10,8 +10,8 @@
 #include "divergence.h"
 #include "dropout.h"
 #include "exp2.h"
-#include "gemm.h"
 #include "groups.h"
+#include "operand.h"
 
 namespace attn_kd::ATTN_KD_ISA {
 
@@ -56,10 +56,17 @@ struct RunningSums {
 // earlier sums shrink.
 template <class T>
 inline vec<T> raise_max(const T* tile, int64_t keys, T* running_max) {
+  constexpr int kChains = 4;  // a single chain of maxima would be limited by its latency
   const vec<T> before = load(running_max);
-  vec<T> highest = before;
-  for (int64_t key = 0; key < keys; ++key)
-    highest = max_or_second<T>(load(tile + key * kPanel<T>), highest);
+  vec<T> chain[kChains] = {before, before, before, before};
+  int64_t key = 0;
+  for (; key + kChains <= keys; key += kChains, tile += kChains * kPanel<T>)
+#pragma GCC unroll 4
+    for (int i = 0; i < kChains; ++i)
+      chain[i] = max_or_second<T>(load(tile + i * kPanel<T>), chain[i]);
+  for (; key < keys; ++key, tile += kPanel<T>) chain[0] = max_or_second<T>(load(tile), chain[0]);
+  const vec<T> highest =
+      max_or_second<T>(max_or_second<T>(chain[0], chain[1]), max_or_second<T>(chain[2], chain[3]));
   store<T>(running_max, highest);
   return exp2<T>(before - highest);
 }
@@ -155,9 +162,11 @@ class ForwardWorker {
                 {problem, scratch, 3}},
         tile_keys_(min(kForwardKeys, problem.key_length)),
         rows_(scratch.take(P * widest(problem))),
-        key_(scratch.take(tile_keys_ * problem.head_dim)),
-        teacher_key_(scratch.take(teacher_keys(tile_keys_) * problem.teacher_dim)),
-        value_(scratch.take(tile_keys_ * problem.value_dim)),
+        key_(problem.key, problem.head_dim, tile_keys_, Bias<T>::hides_keys(problem.mask), scratch),
+        teacher_key_(problem.teacher_key, problem.teacher_dim, teacher_keys(tile_keys_),
+                     Bias<T>::hides_keys(problem.mask), scratch),
+        value_(problem.value, problem.value_dim, tile_keys_, Bias<T>::hides_keys(problem.mask),
+               scratch),
         logits_(scratch.take(tile_keys_ * P)),
         teacher_logits_(scratch.take(Div::kTeacher ? teacher_keys(tile_keys_) * P : 0)),
         bias_(problem.mask, scratch, tile_keys_),
@@ -169,11 +178,9 @@ class ForwardWorker {
       start(panels_[panels], b, h, first_row);
     for (int64_t first = 0; first < p_.key_length; first += tile_keys_) {
       const int64_t keys = min(p_.key_length - first, tile_keys_);
-      load_rows(p_.key, b, h, first, keys, p_.head_dim, key_, p_.head_dim);
-      if constexpr (Div::kTeacher)
-        load_rows(p_.teacher_key, b, h, teacher_keys(first), teacher_keys(keys), p_.teacher_dim,
-                  teacher_key_, p_.teacher_dim);
-      load_rows(p_.value, b, h, first, keys, p_.value_dim, value_, p_.value_dim);
+      key_.read(b, h, first, keys);
+      if constexpr (Div::kTeacher) teacher_key_.read(b, h, teacher_keys(first), teacher_keys(keys));
+      value_.read(b, h, first, keys);
       for (int64_t i = 0; i < panels; ++i)
         if (bias_.read(b, h, panels_[i].first_row, panels_[i].rows, first, keys)) {
           dropout_.draw(b * p_.heads + h, panels_[i].first_row, first, keys, panels_[i].vectors());
@@ -202,13 +209,11 @@ class ForwardWorker {
     const int64_t rows = min(p_.query_length - first_row, P);
     panel.first_row = first_row;
     panel.rows = rows;
-    load_rows(p_.query, b, h, first_row, rows, p_.head_dim, rows_, p_.head_dim);
-    transpose_to_panel(rows_, p_.head_dim, rows, p_.head_dim, T(p_.scale * kLog2e), panel.query);
-    if constexpr (Div::kTeacher) {
-      load_rows(p_.teacher_query, b, h, first_row, rows, p_.teacher_dim, rows_, p_.teacher_dim);
-      transpose_to_panel(rows_, p_.teacher_dim, rows, p_.teacher_dim, T(p_.teacher_scale * kLog2e),
-                         panel.teacher_query);
-    }
+    transpose_to_panel(rows_of(p_.query, b, h, first_row, rows, p_.head_dim, rows_), rows,
+                       p_.head_dim, T(p_.scale * kLog2e), panel.query);
+    if constexpr (Div::kTeacher)
+      transpose_to_panel(rows_of(p_.teacher_query, b, h, first_row, rows, p_.teacher_dim, rows_),
+                         rows, p_.teacher_dim, T(p_.teacher_scale * kLog2e), panel.teacher_query);
     fill(panel.output, P * p_.value_dim, T(0));
     panel.sums.reset(given_teacher_lse(b, h, first_row), rows);
   }
@@ -216,16 +221,14 @@ class ForwardWorker {
   void tile(QueryPanel<T>& panel, int64_t keys) {
     const int64_t vectors = panel.vectors();
     bias_.mark_seen(panel.sums.seen, keys, vectors);
-    bias_.clear_hidden(key_, keys, p_.head_dim);
-    bias_.clear_hidden(teacher_key_, keys, teacher_keys(1) * p_.teacher_dim);
-    bias_.clear_hidden(value_, keys, p_.value_dim);
-    gemm<false, false>(keys, vectors, p_.head_dim, Left<T>{key_, p_.head_dim, 1}, panel.query, P,
-                       logits_, P);
+    bias_.clear_hidden(key_.copy(), keys, p_.head_dim);
+    bias_.clear_hidden(teacher_key_.copy(), keys, teacher_keys(1) * p_.teacher_dim);
+    bias_.clear_hidden(value_.copy(), keys, p_.value_dim);
+    gemm<false, false, P>(keys, vectors, p_.head_dim, key_.from(0), panel.query, logits_);
     bias_.add_to(logits_, keys, vectors);
     if constexpr (Div::kTeacher) {
-      gemm<false, false>(teacher_keys(keys), vectors, p_.teacher_dim,
-                         Left<T>{teacher_key_, p_.teacher_dim, 1}, panel.teacher_query, P,
-                         teacher_logits_, P);
+      gemm<false, false, P>(teacher_keys(keys), vectors, p_.teacher_dim, teacher_key_.from(0),
+                            panel.teacher_query, teacher_logits_);
       merge_groups(teacher_logits_, keys, teacher_keys(1), vectors);
       bias_.add_to(teacher_logits_, keys, vectors);
     }
@@ -233,8 +236,7 @@ class ForwardWorker {
       sweep<Div, kTeacherLse>(logits_ + lane, teacher_logits_ + lane, keys, panel.sums, lane,
                               panel.output + lane, p_.value_dim);
     dropout_.apply(logits_, keys, vectors);
-    gemm<true, true>(p_.value_dim, vectors, keys, Left<T>{value_, 1, p_.value_dim}, logits_, P,
-                     panel.output, P);
+    gemm<true, true, P>(p_.value_dim, vectors, keys, value_.from(0), logits_, panel.output);
   }
 
   void finish(const QueryPanel<T>& panel, int64_t b, int64_t h) {
@@ -275,7 +277,9 @@ class ForwardWorker {
   const ForwardProblem& p_;
   QueryPanel<T> panels_[cpu::kMaxPanelsPerTask];
   const int64_t tile_keys_;
-  T *rows_, *key_, *teacher_key_, *value_, *logits_, *teacher_logits_;
+  T* rows_;
+  Operand<T> key_, teacher_key_, value_;
+  T *logits_, *teacher_logits_;
   Bias<T> bias_;
   Dropout<T> dropout_;
 };

@@ -22,23 +22,29 @@ inline constexpr int kMaxVectors = 2;
 constexpr int rows_per_call(int vectors) { return vectors == 2 ? 6 : 8; }
 #endif
 
-// How A is stored: row m, column k is at a[m * row_stride + k * column_stride].
+// A, one way round or the other: element (m, k) is at data[m * ld + k], or at data[k * ld + m]
+// where the rows are the unit stride (kUnitRows).
 template <class T>
 struct Left {
   const T* data;
-  int64_t row_stride;
-  int64_t column_stride;
+  int64_t ld;
 };
 
-template <int Rows, int Vectors, bool UnitRows, bool Accumulate, class T>
-void micro_kernel(int64_t depth, Left<T> a, const T* b, int64_t ldb, T* c, int64_t ldc) {
+// Inlined into the loop over rows by force: a call would pass its arguments in memory and clear the
+// upper halves of the registers, 6 % of a product of depth 32. kLd is the leading dimension of B
+// and C where it is known, else 0: known strides are another 2 %.
+template <int Rows, int Vectors, bool kUnitRows, bool kAccumulate, int kLd, class T>
+[[gnu::always_inline]] inline void micro_kernel(int64_t depth, Left<T> a, const T* b, T* c,
+                                                int64_t runtime_ld) {
   constexpr int W = kLanes<T>;
-  const int64_t row_stride = UnitRows ? 1 : a.row_stride;
+  const int64_t ld = kLd ? kLd : runtime_ld;
+  const int64_t row_stride = kUnitRows ? 1 : a.ld, column_stride = kUnitRows ? a.ld : 1;
   // C is added at the end: summing a tile from zero keeps rounding errors from growing with the
   // number of keys.
   vec<T> acc[Rows][Vectors] = {};
 
   const T* column = a.data;
+#pragma GCC unroll 2
   for (int64_t k = 0; k < depth; ++k) {
     vec<T> row[Vectors];
 #pragma GCC unroll 4
@@ -49,66 +55,80 @@ void micro_kernel(int64_t depth, Left<T> a, const T* b, int64_t ldb, T* c, int64
 #pragma GCC unroll 4
       for (int v = 0; v < Vectors; ++v) acc[m][v] += scalar * row[v];
     }
-    column += a.column_stride;
-    b += ldb;
+    column += column_stride;
+    b += ld;
   }
 
 #pragma GCC unroll 16
   for (int m = 0; m < Rows; ++m)
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) {
-      T* at = c + m * ldc + v * W;
-      store<T>(at, Accumulate ? load(at) + acc[m][v] : acc[m][v]);
+      T* at = c + m * ld + v * W;
+      store<T>(at, kAccumulate ? load(at) + acc[m][v] : acc[m][v]);
     }
 }
 
 template <class T>
-using MicroKernel = void (*)(int64_t depth, Left<T> a, const T* b, int64_t ldb, T* c, int64_t ldc);
+using MicroKernel = void (*)(int64_t depth, Left<T> a, const T* b, T* c, int64_t ld);
+
+template <int Rows, int Vectors, bool kUnitRows, bool kAccumulate, int kLd, class T>
+void micro_kernel_call(int64_t depth, Left<T> a, const T* b, T* c, int64_t ld) {
+  micro_kernel<Rows, Vectors, kUnitRows, kAccumulate, kLd>(depth, a, b, c, ld);
+}
 
 // The micro-kernels of 1, 2, ... Rows rows, for the rows that are left over.
-template <int Vectors, bool UnitRows, bool Accumulate, class T, int... Rows>
+template <int Vectors, bool kUnitRows, bool kAccumulate, int kLd, class T, int... Rows>
 constexpr auto remainder_kernels(std::integer_sequence<int, Rows...>) {
   struct Table {
     MicroKernel<T> kernel[sizeof...(Rows)];
   };
-  return Table{{micro_kernel<Rows + 1, Vectors, UnitRows, Accumulate, T>...}};
+  return Table{{micro_kernel_call<Rows + 1, Vectors, kUnitRows, kAccumulate, kLd, T>...}};
 }
 
-template <int Vectors, bool UnitRows, bool Accumulate, class T>
-void gemm_columns(int64_t rows, int64_t depth, Left<T> a, const T* b, int64_t ldb, T* c,
-                  int64_t ldc) {
+template <int Vectors, bool kUnitRows, bool kAccumulate, int kLd, class T>
+void gemm_columns(int64_t rows, int64_t depth, Left<T> a, const T* b, T* c, int64_t runtime_ld) {
   constexpr int kRows = rows_per_call(Vectors);
-  static constexpr auto remainder =
-      remainder_kernels<Vectors, UnitRows, Accumulate, T>(std::make_integer_sequence<int, kRows>());
-  const int64_t row_stride = UnitRows ? 1 : a.row_stride;
+  static constexpr auto remainder = remainder_kernels<Vectors, kUnitRows, kAccumulate, kLd, T>(
+      std::make_integer_sequence<int, kRows>());
+  const int64_t ld = kLd ? kLd : runtime_ld;
+  const int64_t row_stride = kUnitRows ? 1 : a.ld;
   int64_t m = 0;
-  for (; m + kRows <= rows; m += kRows, a.data += kRows * row_stride, c += kRows * ldc)
-    micro_kernel<kRows, Vectors, UnitRows, Accumulate, T>(depth, a, b, ldb, c, ldc);
-  if (m < rows) remainder.kernel[rows - m - 1](depth, a, b, ldb, c, ldc);
+  for (; m + kRows <= rows; m += kRows, a.data += kRows * row_stride, c += kRows * ld)
+    micro_kernel<kRows, Vectors, kUnitRows, kAccumulate, kLd>(depth, a, b, c, ld);
+  if (m < rows) remainder.kernel[rows - m - 1](depth, a, b, c, ld);
 }
 
-// C[rows, vectors * lanes] (+)= A[rows, depth] B[depth, vectors * lanes]. UnitRows: a.row_stride
-// is 1.
-template <bool UnitRows, bool Accumulate, class T>
-void gemm(int64_t rows, int64_t vectors, int64_t depth, Left<T> a, const T* b, int64_t ldb, T* c,
-          int64_t ldc) {
+// C[rows, vectors * lanes] (+)= A[rows, depth] B[depth, vectors * lanes]; B and C have the leading
+// dimension kLd, or ld where that is 0.
+template <bool kUnitRows, bool kAccumulate, int kLd = 0, class T>
+void gemm(int64_t rows, int64_t vectors, int64_t depth, Left<T> a, const T* b, T* c,
+          int64_t ld = kLd) {
   while (vectors > 0) {
     const int64_t now = vectors < kMaxVectors ? vectors : kMaxVectors;
     switch (now) {
-      case 1: gemm_columns<1, UnitRows, Accumulate>(rows, depth, a, b, ldb, c, ldc); break;
-      case 2: gemm_columns<2, UnitRows, Accumulate>(rows, depth, a, b, ldb, c, ldc); break;
+      case 1: gemm_columns<1, kUnitRows, kAccumulate, kLd>(rows, depth, a, b, c, ld); break;
+      case 2: gemm_columns<2, kUnitRows, kAccumulate, kLd>(rows, depth, a, b, c, ld); break;
       default:
         if constexpr (kMaxVectors == 4) {
           if (now == 3)
-            gemm_columns<3, UnitRows, Accumulate>(rows, depth, a, b, ldb, c, ldc);
+            gemm_columns<3, kUnitRows, kAccumulate, kLd>(rows, depth, a, b, c, ld);
           else
-            gemm_columns<4, UnitRows, Accumulate>(rows, depth, a, b, ldb, c, ldc);
+            gemm_columns<4, kUnitRows, kAccumulate, kLd>(rows, depth, a, b, c, ld);
         }
     }
     vectors -= now;
     b += now * kLanes<T>;
     c += now * kLanes<T>;
   }
+}
+
+// C[rows, vectors * lanes] += A[rows, depth] B[depth, vectors * lanes], with the strides known for
+// the commonest head_dim.
+template <class T>
+void gemm_rows(int64_t rows, int64_t vectors, int64_t depth, Left<T> a, const T* b, T* c,
+               int64_t ld) {
+  if (ld == 32) return gemm<false, true, 32>(rows, vectors, depth, a, b, c);
+  gemm<false, true>(rows, vectors, depth, a, b, c, ld);
 }
 
 }  // namespace attn_kd::ATTN_KD_ISA

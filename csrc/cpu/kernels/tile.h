@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <new>
+#include <utility>
 
 #include "convert.h"
 #include "vec.h"
@@ -13,9 +14,12 @@ using cpu::Input;
 using cpu::kPanel;
 using cpu::Output;
 
-inline int64_t round_up(int64_t n, int64_t multiple) {
-  return (n + multiple - 1) / multiple * multiple;
-}
+template <class T>
+inline constexpr cpu::DType kDType = sizeof(T) == 8 ? cpu::DType::f64 : cpu::DType::f32;
+
+inline int64_t ceil_div(int64_t n, int64_t divisor) { return (n + divisor - 1) / divisor; }
+
+inline int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
 
 // The scratch memory of one thread, carved into cache-line aligned tiles and freed as a whole.
 // Without memory it hands out null pointers and only counts, which is how the size is found.
@@ -33,13 +37,18 @@ class Scratch {
 
   T* take(int64_t elements) {
     T* tile = data_ ? data_ + taken_ : nullptr;
-    taken_ += round_up(elements, kCacheLine / static_cast<int64_t>(sizeof(T)));
+    if (elements > 0)
+      taken_ += round_up(elements, kCacheLine / static_cast<int64_t>(sizeof(T))) +
+                kStagger / static_cast<int64_t>(sizeof(T));
     return tile;
   }
   int64_t taken() const { return taken_; }
 
  private:
   static constexpr int64_t kCacheLine = 64;
+  // Between tiles, whose sizes tend to be multiples of a page: a load whose address agrees in its
+  // last 12 bits with that of a store on its way to the cache waits for it.
+  static constexpr int64_t kStagger = 9 * kCacheLine;
   static constexpr std::align_val_t kAlign{kCacheLine};
   T* data_ = nullptr;
   int64_t taken_ = 0;
@@ -55,6 +64,18 @@ void with_worker(const Problem& problem, Body body) {
   body(worker);
 }
 
+// dst[column] = convert(src[column]), most of them by a loop of known length, whose vectorised form
+// needs no checks around it.
+template <class S, class D, class Convert>
+inline void convert_row(const S* __restrict src, int64_t width, D* __restrict dst,
+                        Convert convert) {
+  constexpr int64_t kBlock = kLanes<float>;
+  int64_t column = 0;
+  for (; column + kBlock <= width; column += kBlock)
+    for (int64_t i = 0; i < kBlock; ++i) dst[column + i] = convert(src[column + i]);
+  for (; column < width; ++column) dst[column] = convert(src[column]);
+}
+
 // dst[row * ld + column] = x[b, h, first + row, column]; columns up to ld become 0.
 template <class T>
 void load_rows(const Input& x, int64_t b, int64_t h, int64_t first, int64_t rows, int64_t width,
@@ -63,11 +84,28 @@ void load_rows(const Input& x, int64_t b, int64_t h, int64_t first, int64_t rows
     using S = decltype(storage);
     const S* src = static_cast<const S*>(x.data) + x.offset(b, h, first);
     for (int64_t row = 0; row < rows; ++row, src += x.row_stride, dst += ld) {
-      for (int64_t column = 0; column < width; ++column)
-        dst[column] = static_cast<T>(widen(src[column]));
+      convert_row(src, width, dst, [](S number) { return static_cast<T>(widen(number)); });
       for (int64_t column = width; column < ld; ++column) dst[column] = 0;
     }
   });
+}
+
+// Rows of numbers: row r begins at data + r * ld.
+template <class T>
+struct Rows {
+  const T* data;
+  int64_t ld;
+};
+
+// x[b, h, first ...] as rows of T: where they lie if they are stored as T, else widened into
+// `scratch`.
+template <class T>
+Rows<T> rows_of(const Input& x, int64_t b, int64_t h, int64_t first, int64_t rows, int64_t width,
+                T* scratch) {
+  if (x.dtype == kDType<T>)
+    return {static_cast<const T*>(x.data) + x.offset(b, h, first), x.row_stride};
+  load_rows(x, b, h, first, rows, width, scratch, width);
+  return {scratch, width};
 }
 
 // x[b, h, first + row, column] = factor * src[row * ld + column]
@@ -78,29 +116,82 @@ void store_rows(const T* src, int64_t ld, T factor, const Output& x, int64_t b, 
     using S = decltype(storage);
     S* dst = static_cast<S*>(x.data) + x.offset(b, h, first);
     for (int64_t row = 0; row < rows; ++row, dst += x.row_stride, src += ld)
-      for (int64_t column = 0; column < width; ++column)
-        dst[column] = convert<S>(factor * src[column]);
+      convert_row(src, width, dst, [factor](T number) { return convert<S>(factor * number); });
   });
+}
+
+// Transposes a block of kLanes x kLanes in registers: stage by stage, the off-diagonal halves of
+// every diagonal block of 2, 4, 8, ... change places.
+template <int Half, class T, size_t... Lane>
+inline void swap_halves(vec<T>& upper, vec<T>& lower, std::index_sequence<Lane...>) {
+  constexpr int W = kLanes<T>;
+  const vec<T> first =
+      __builtin_shufflevector(upper, lower, (Lane & Half ? int(Lane) - Half + W : int(Lane))...);
+  lower =
+      __builtin_shufflevector(upper, lower, (Lane & Half ? int(Lane) + W : int(Lane) + Half)...);
+  upper = first;
+}
+
+template <int Half, class T>
+inline void transpose_stages(vec<T> (&block)[kLanes<T>]) {
+  constexpr int W = kLanes<T>;
+  if constexpr (Half < W) {
+#pragma GCC unroll 16
+    for (int row = 0; row < W; ++row)
+      if (!(row & Half))
+        swap_halves<Half, T>(block[row], block[row | Half], std::make_index_sequence<W>());
+    transpose_stages<Half * 2, T>(block);
+  }
 }
 
 // A panel is the transpose of some rows: panel[column * kPanel + row], one row a SIMD lane. Lanes
 // from `rows` up to the next whole vector become 0, so that what they compute stays finite.
 template <class T>
-void transpose_to_panel(const T* src, int64_t ld, int64_t rows, int64_t width, T factor, T* panel) {
-  const int64_t lanes = round_up(rows, kLanes<T>);
-  for (int64_t column = 0; column < width; ++column, panel += kPanel<T>) {
-    for (int64_t row = 0; row < rows; ++row) panel[row] = factor * src[row * ld + column];
-    for (int64_t row = rows; row < lanes; ++row) panel[row] = 0;
+void transpose_to_panel(Rows<T> source, int64_t rows, int64_t width, T factor, T* panel) {
+  const T* src = source.data;
+  const int64_t ld = source.ld;
+  constexpr int64_t W = kLanes<T>;
+  for (int64_t first = 0; first < rows; first += W, src += W * ld, panel += W) {
+    const int64_t block_rows = rows - first < W ? rows - first : W;
+    int64_t column = 0;
+    for (; column + W <= width; column += W) {
+      vec<T> block[W];
+#pragma GCC unroll 16
+      for (int64_t row = 0; row < W; ++row)
+        block[row] = row < block_rows ? load_unaligned(src + row * ld + column) * factor : vec<T>{};
+      transpose_stages<1, T>(block);
+#pragma GCC unroll 16
+      for (int64_t row = 0; row < W; ++row)
+        store<T>(panel + (column + row) * kPanel<T>, block[row]);
+    }
+    for (; column < width; ++column)
+      for (int64_t row = 0; row < W; ++row)
+        panel[column * kPanel<T> + row] = row < block_rows ? factor * src[row * ld + column] : T(0);
   }
 }
 
-// dst[row * ld + column] = factor[row] * panel[column * kPanel + row]
+// dst[row * ld + column] = factor[row] * panel[column * kPanel + row]; whole vectors of columns are
+// written where ld leaves room for them.
 template <class T>
 void transpose_from_panel(const T* panel, int64_t rows, int64_t width, const T* factor, T* dst,
                           int64_t ld) {
-  for (int64_t row = 0; row < rows; ++row, dst += ld)
-    for (int64_t column = 0; column < width; ++column)
-      dst[column] = factor[row] * panel[column * kPanel<T> + row];
+  constexpr int64_t W = kLanes<T>;
+  for (int64_t first = 0; first < rows; first += W, dst += W * ld, panel += W, factor += W) {
+    const int64_t block_rows = rows - first < W ? rows - first : W;
+    int64_t column = 0;
+    for (; ld % W == 0 && column + W <= width; column += W) {
+      vec<T> block[W];
+#pragma GCC unroll 16
+      for (int64_t row = 0; row < W; ++row) block[row] = load(panel + (column + row) * kPanel<T>);
+      transpose_stages<1, T>(block);
+#pragma GCC unroll 16
+      for (int64_t row = 0; row < W; ++row)
+        if (row < block_rows) store<T>(dst + row * ld + column, block[row] * factor[row]);
+    }
+    for (; column < width; ++column)
+      for (int64_t row = 0; row < block_rows; ++row)
+        dst[row * ld + column] = factor[row] * panel[column * kPanel<T> + row];
+  }
 }
 
 template <class T>

@@ -138,7 +138,8 @@ class TwoPassBackwardWorker {
       load_rows(p_.grad_output, b, h, row, rows, value_dim_, head.grad_output_rows, value_ld_);
     }
     row_constants(head, b, h, row, rows);
-    transpose_to_panel(head.grad_output_rows, value_ld_, rows, value_dim_, T(1), head.grad_output);
+    transpose_to_panel(Rows<T>{head.grad_output_rows, value_ld_}, rows, value_dim_, T(1),
+                       head.grad_output);
   }
 
   // Per row: what of dS does not depend on the key, and the factor of the slope. A row that sees no
@@ -191,20 +192,19 @@ class TwoPassBackwardWorker {
     const int64_t vectors = maps_.vectors();
     T* probability = maps_.probability(i);
     // With no gradient of the output the depth is 0, and the product writes zeros.
-    gemm<false, false>(keys, vectors, value_dim_, Left<T>{value_, value_dim_, 1}, head.grad_output,
-                       P, grad_probability_, P);
+    gemm<false, false, P>(keys, vectors, value_dim_, Left<T>{value_, value_dim_}, head.grad_output,
+                          grad_probability_);
     dropout_.apply(grad_probability_, keys, vectors);
     for (int64_t lane = 0; lane < vectors * kLanes<T>; lane += kLanes<T>)
       group_grad_sweep<T>(probability + lane, maps_.student() + lane, grad_probability_ + lane,
                           keys, load(head.offset + lane), load(head.factor + lane));
     dropout_.apply(probability, keys, vectors);
-    gemm<true, true>(p_.head_dim, vectors, keys, Left<T>{maps_.key(i), 1, p_.head_dim},
-                     grad_probability_, P, head.grad_query, P);
-    gemm<false, true>(keys, head_ld_ / kLanes<T>, rows, Left<T>{grad_probability_, P, 1},
-                      head.query_rows, head_ld_, head.grad_key + key * head_ld_, head_ld_);
-    gemm<false, true>(keys, value_ld_ / kLanes<T>, rows, Left<T>{probability, P, 1},
-                      head.grad_output_rows, value_ld_, head.grad_value + key * value_ld_,
-                      value_ld_);
+    gemm<true, true, P>(p_.head_dim, vectors, keys, Left<T>{maps_.key(i), p_.head_dim},
+                        grad_probability_, head.grad_query);
+    gemm_rows(keys, head_ld_ / kLanes<T>, rows, Left<T>{grad_probability_, P}, head.query_rows,
+              head.grad_key + key * head_ld_, head_ld_);
+    gemm_rows(keys, value_ld_ / kLanes<T>, rows, Left<T>{probability, P}, head.grad_output_rows,
+              head.grad_value + key * value_ld_, value_ld_);
   }
 
   void finish_head(int64_t i, int64_t b, int64_t h, int64_t row, int64_t rows, bool first_chunk) {

@@ -45,10 +45,17 @@ struct VectorInMemory {
   typedef T type __attribute__((vector_size(kVectorBytes), may_alias));
 };
 
-// Scratch memory is aligned to whole vectors, and all vector accesses go to scratch.
+// Scratch memory is aligned to whole vectors; these are for it.
 template <class T>
 inline vec<T> load(const T* p) {
   return *reinterpret_cast<const typename VectorInMemory<T>::type*>(p);
+}
+
+// Elements wherever a tensor has them.
+template <class T>
+inline vec<T> load_unaligned(const T* p) {
+  typedef T type __attribute__((vector_size(kVectorBytes), may_alias, aligned(alignof(T))));
+  return (vec<T>)*reinterpret_cast<const type*>(p);
 }
 
 template <class T>
