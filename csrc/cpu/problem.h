@@ -65,6 +65,11 @@ struct Problem {
   Input teacher_query, teacher_key;  // [B, Ht, Lq, Dt], [B, Ht, G * Lk, Dt]; or absent
   Input mask;                        // [B, H, Lq, Lk], bool or additive
 
+  // Base 2: kernels merge a group's logits into that of their mean, log2(1/G sum_g 2^t_g), and so
+  // know the teacher's LSE less log2 G. A student's and a teacher's logits are then of one size,
+  // and their difference keeps its digits.
+  double group_shift() const { return __builtin_log2(static_cast<double>(teacher_keys_per_key)); }
+
   // Whether the divergence needs the maps themselves, which only a second pass over the keys has.
   bool two_pass() const {
     return average_heads || divergence == Divergence::js || divergence == Divergence::mse;

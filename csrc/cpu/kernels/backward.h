@@ -11,8 +11,7 @@
 #include "divergence.h"
 #include "dropout.h"
 #include "exp2.h"
-#include "groups.h"
-#include "operand.h"
+#include "logits.h"
 
 namespace attn_kd::ATTN_KD_ISA {
 
@@ -22,25 +21,26 @@ using cpu::kChunkKeys;
 // Keys of a backward tile: a multiple of the micro-kernels' 6 and 12 rows; three tiles are 36 KiB.
 inline constexpr int64_t kBackwardKeys = 48;
 
-// dS = P (dP + offset + divergence part), in place: logits becomes P = 2^(S - origin), and
-// grad_probability becomes dS. Everything that P is multiplied by, here and in dV, has the rows'
-// inverse sums folded in: normalising the map costs nothing per element.
+// dS = P (dP + offset + divergence part), in place: logits, measured from the rows' origins, become
+// P = 2^logits, and grad_probability becomes dS; teacher logits are measured from the rows' LSEs.
+// Everything that P is multiplied by, here and in dV, has the rows' inverse sums folded in:
+// normalising the map costs nothing per element.
 template <class Div, class T>
 inline void grad_sweep(T* logits, const T* teacher, T* grad_probability, int64_t keys,
-                       vec<T> origin, vec<T> teacher_lse, vec<T> offset, vec<T> slope) {
+                       vec<T> offset, vec<T> slope) {
   for (int64_t at = 0; at < keys * kPanel<T>; at += kPanel<T>) {
     const vec<T> s = load(logits + at);
-    const vec<T> p = exp2<T>(s - origin);
-    store<T>(logits + at, p);
+    const vec<T> p = exp2<T>(s);
     const vec<T> dp = load(grad_probability + at) + offset;
+    vec<T> ds = p * dp;
     if constexpr (Div::kTeacher) {
       const vec<T> t = load(teacher + at);
       vec<T> b{};
-      if constexpr (Div::kTeacherProbability) b = exp2<T>(t - teacher_lse);
-      store<T>(grad_probability + at, Div::grad_logit(p, b, s - t, dp, slope));
-    } else {
-      store<T>(grad_probability + at, p * dp);
+      if constexpr (Div::kTeacherProbability) b = exp2<T>(t);
+      ds = Div::grad_logit(p, b, s - t, dp, slope);
     }
+    store<T>(logits + at, p);
+    store<T>(grad_probability + at, ds);
   }
 }
 
@@ -70,8 +70,8 @@ class BackwardWorker {
         logits_(scratch.take(P * tile_keys_)),
         teacher_logits_(scratch.take(Div::kTeacher ? P * teacher_keys(tile_keys_) : 0)),
         grad_probability_(scratch.take(P * tile_keys_)),
-        origin_(scratch.take(P)),
-        teacher_lse_(scratch.take(P)),
+        minus_origin_(scratch.take(P)),
+        minus_teacher_lse_(scratch.take(P)),
         offset_(scratch.take(P)),
         slope_(scratch.take(P)),
         bias_(problem.mask, scratch, tile_keys_),
@@ -139,10 +139,8 @@ class BackwardWorker {
   }
 
   // Per row: what of dS does not depend on the key, and the inverse sum, which goes into the rows
-  // of dO too. Lanes without a row, and rows that see no key, get an infinite origin, so that their
-  // probabilities are exactly 0.
+  // of dO too. Rows that see no key, whose logits are all masked, get zeros.
   void row_constants(int64_t at, int64_t rows) {
-    constexpr T kInfinity = static_cast<T>(__builtin_inf());
     const auto read = [&](const void* values, int64_t lane) {
       return read_lanes(static_cast<const T*>(values), at + lane, rows - lane);
     };
@@ -152,13 +150,13 @@ class BackwardWorker {
       vec<T> offset = read(p_.grad_lse, lane) - output_gradient(lane, rows);
       if constexpr (Div::kTeacher) {
         const vec<T> grad = read(p_.grad_kl, lane);
-        const vec<T> teacher_lse = read(p_.teacher_lse, lane) * T(kLog2e);
-        store<T>(teacher_lse_ + lane, sees ? teacher_lse : broadcast(kInfinity));
+        const vec<T> teacher_lse = read(p_.teacher_lse, lane) * T(kLog2e) - T(p_.group_shift());
+        store<T>(minus_teacher_lse_ + lane, sees ? -teacher_lse : vec<T>{});
         offset += Div::template row_offset<T>(grad, read(p_.correction, lane));
         const vec<T> slope = Div::template row_slope<T>(grad, inverse_sum);
         store<T>(slope_ + lane, sees ? slope : vec<T>{});
       }
-      store<T>(origin_ + lane, sees ? read(p_.origin, lane) : broadcast(kInfinity));
+      store<T>(minus_origin_ + lane, -read(p_.origin, lane));
       store<T>(offset_ + lane, sees ? offset * inverse_sum : vec<T>{});
       scale_grad_output(lane, rows, inverse_sum * T(p_.dropout.keep_factor));
     }
@@ -208,24 +206,22 @@ class BackwardWorker {
     bias_.clear_hidden(teacher_key_.copy(teacher_keys(key)), keys,
                        teacher_keys(1) * p_.teacher_dim);
     bias_.clear_hidden(value_.copy(key), keys, value_dim_);
-    gemm<false, false, P>(keys, vectors, p_.head_dim, key_.from(key), query_, logits_);
-    bias_.add_to(logits_, keys, vectors);
-    if constexpr (Div::kTeacher) {
-      gemm<false, false, P>(teacher_keys(keys), vectors, p_.teacher_dim,
-                            teacher_key_.from(teacher_keys(key)), teacher_query_, teacher_logits_);
-      merge_groups(teacher_logits_, keys, teacher_keys(1), vectors);
-      bias_.add_to(teacher_logits_, keys, vectors);
-    }
+    student_logits(keys, vectors, p_.head_dim, key_.from(key), query_, minus_origin_, bias_,
+                   logits_);
+    if constexpr (Div::kTeacher)
+      teacher_logits(keys, p_.teacher_keys_per_key, vectors, p_.teacher_dim,
+                     teacher_key_.from(teacher_keys(key)), teacher_query_, minus_teacher_lse_,
+                     bias_, teacher_logits_);
     // With no gradient of the output the depth is 0, and the product writes zeros.
-    gemm<false, false, P>(keys, vectors, value_dim_, value_.from(key), grad_output_,
-                          grad_probability_);
+    gemm<false, Sum::from_zero, P>(keys, vectors, value_dim_, value_.from(key), grad_output_,
+                                   grad_probability_);
     dropout_.apply(grad_probability_, keys, vectors);
     for (int64_t lane = 0; lane < vectors * kLanes<T>; lane += kLanes<T>)
       grad_sweep<Div>(logits_ + lane, teacher_logits_ + lane, grad_probability_ + lane, keys,
-                      load(origin_ + lane), load(teacher_lse_ + lane), load(offset_ + lane),
-                      load(slope_ + lane));
+                      load(offset_ + lane), load(slope_ + lane));
     dropout_.apply(logits_, keys, vectors);
-    gemm<true, true, P>(p_.head_dim, vectors, keys, key_.from(key), grad_probability_, grad_query_);
+    gemm<true, Sum::onto, P>(p_.head_dim, vectors, keys, key_.from(key), grad_probability_,
+                             grad_query_);
     gemm_rows(keys, head_ld_ / kLanes<T>, rows, Left<T>{grad_probability_, P}, query_rows_,
               grad_key_ + key * head_ld_, head_ld_);
     gemm_rows(keys, value_ld_ / kLanes<T>, rows, Left<T>{logits_, P}, grad_output_rows_,
@@ -247,7 +243,8 @@ class BackwardWorker {
   Operand<T> key_, teacher_key_, value_;
   T *grad_key_, *grad_value_;
   T *query_rows_, *grad_output_rows_, *rows_, *query_, *teacher_query_, *grad_output_, *grad_query_;
-  T *logits_, *teacher_logits_, *grad_probability_, *origin_, *teacher_lse_, *offset_, *slope_;
+  T *logits_, *teacher_logits_, *grad_probability_, *minus_origin_, *minus_teacher_lse_, *offset_,
+      *slope_;
   Bias<T> bias_;
   Dropout<T> dropout_;
 };

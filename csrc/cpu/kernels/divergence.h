@@ -1,11 +1,13 @@
 // The divergences, one struct each. A struct says how a key contributes while the keys stream past,
 // how the row's value follows from the sums, and what the gradient with respect to a logit is.
 //
-// Everything is in base 2 with u = s - t the difference of raw logits; a and b are probabilities,
-// and p, pt the same before normalisation. Derivations: D = ln2 * finish(...) is the definition
-// with log a = ln2 (s - Ls) and log b = ln2 (t - Lt) put in and the sums pulled apart. In the
-// gradient the LSEs cancel; what is left is p (grad_probability + ...) with the row's inverse sum
-// folded into all that p is multiplied by.
+// Everything is in base 2. u = s - t is the difference of the logits, each measured from an origin
+// of its row, the student's highest logit and the teacher's LSE (or highest logit, while that is
+// not known): so u is small wherever the maps are alike, and keeps its digits. a and b are
+// probabilities, p and pt the same before normalisation. Derivations: D = ln2 * finish(...) is the
+// definition with log a = ln2 (s - log_sum) and log b = ln2 (t - teacher_log_sum) put in and the
+// sums pulled apart. In the gradient the LSEs cancel; what is left is p (grad_probability + ...)
+// with the row's inverse sum folded into all that p is multiplied by.
 //
 // Divergences of maps that need a pass of their own, of averaged maps above all, are separable:
 // D = sum phi(a, b) over the keys. `value` is phi and `slope` dphi/da (up to a constant, which the
@@ -46,13 +48,18 @@ struct ReverseKL {
     return p * u;
   }
   template <class T>
-  static T finish(T sum, T student_sum, T, T lse, T teacher_lse) {
-    return sum / student_sum - lse + teacher_lse;
+  static T finish(T sum, T student_sum, T, T log_sum, T teacher_log_sum) {
+    return sum / student_sum - log_sum + teacher_log_sum;
+  }
+  // The sum of terms when u grows by `shift` everywhere.
+  template <class V>
+  static V shifted(V sum, V student_sum, V, V shift) {
+    return sum + shift * student_sum;
   }
   // The part of the gradient that u must be measured from: sum a u, in natural units.
   template <class T>
-  static T correction(T sum, T student_sum) {
-    return T(kLn2) * sum / student_sum;
+  static T correction(T sum, T student_sum, T shift) {
+    return T(kLn2) * (sum / student_sum + shift);
   }
   template <class T>
   static vec<T> row_offset(vec<T> grad, vec<T> correction) {
@@ -86,11 +93,15 @@ struct ForwardKL {
     return -(pt * u);
   }
   template <class T>
-  static T finish(T sum, T, T teacher_sum, T lse, T teacher_lse) {
-    return sum / teacher_sum + lse - teacher_lse;
+  static T finish(T sum, T, T teacher_sum, T log_sum, T teacher_log_sum) {
+    return sum / teacher_sum + log_sum - teacher_log_sum;
+  }
+  template <class V>
+  static V shifted(V sum, V, V teacher_sum, V shift) {
+    return sum - shift * teacher_sum;
   }
   template <class T>
-  static T correction(T, T) {
+  static T correction(T, T, T) {
     return 0;
   }
   template <class T>

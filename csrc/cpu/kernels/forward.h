@@ -10,8 +10,7 @@
 #include "divergence.h"
 #include "dropout.h"
 #include "exp2.h"
-#include "groups.h"
-#include "operand.h"
+#include "logits.h"
 
 namespace attn_kd::ATTN_KD_ISA {
 
@@ -27,7 +26,7 @@ struct RunningSums {
   T* max;          // largest logit seen
   T* sum;          // sum of p = 2^(s - max)
   T* weighted;     // sum of the divergence's terms
-  T* teacher_max;  // the same for the teacher; the given LSE where there is one
+  T* teacher_max;  // the same for the teacher; 0 where its logits are measured from a given LSE
   T* teacher_sum;
   T* seen;  // 1 where the row has seen a key, which only a mask can hide
 
@@ -39,16 +38,13 @@ struct RunningSums {
         teacher_sum(scratch.take(kPanel<T>)),
         seen(scratch.take(kPanel<T>)) {}
 
-  void reset(const T* given_teacher_lse, int64_t rows) {
+  void reset(bool teacher_lse_given) {
     fill(max, kPanel<T>, kMasked<T>);
     fill(sum, kPanel<T>, T(0));
     fill(weighted, kPanel<T>, T(0));
+    fill(teacher_max, kPanel<T>, teacher_lse_given ? T(0) : kMasked<T>);
     fill(teacher_sum, kPanel<T>, T(0));
     fill(seen, kPanel<T>, T(0));
-    fill(teacher_max, kPanel<T>, kMasked<T>);
-    if (given_teacher_lse)
-      for (int64_t row = 0; row < rows; ++row)
-        teacher_max[row] = T(kLog2e) * given_teacher_lse[row];
   }
 };
 
@@ -90,13 +86,14 @@ inline void add_tile(T* running, vec<T> shrink, vec<T> tile_sum) {
 template <class Div, bool kTeacherLse, class T>
 inline void sweep(T* logits, const T* teacher, int64_t keys, const RunningSums<T>& sums,
                   int64_t lane, T* output, int64_t value_dim) {
-  constexpr bool kTeacherSum = Div::kTeacher && (Div::kTeacherProbability || !kTeacherLse);
-  const vec<T> before = load(sums.max + lane);
+  constexpr bool kTeacherMax = Div::kTeacher && !kTeacherLse;
+  constexpr bool kTeacherSum = Div::kTeacherProbability || kTeacherMax;
+  const vec<T> before = load(sums.max + lane), teacher_before = load(sums.teacher_max + lane);
   const vec<T> shrink = raise_max(logits, keys, sums.max + lane);
   const vec<T> highest = load(sums.max + lane), max = origin_of<T>(highest);
   vec<T> teacher_max{}, teacher_shrink = broadcast(T(1));
-  if constexpr (kTeacherSum) {
-    if constexpr (!kTeacherLse) teacher_shrink = raise_max(teacher, keys, sums.teacher_max + lane);
+  if constexpr (kTeacherMax) {
+    teacher_shrink = raise_max(teacher, keys, sums.teacher_max + lane);
     teacher_max = origin_of<T>(load(sums.teacher_max + lane));
   }
   if (!all_equal<T>(before, highest))
@@ -106,23 +103,28 @@ inline void sweep(T* logits, const T* teacher, int64_t keys, const RunningSums<T
   vec<T> sum{}, weighted{}, teacher_sum{};  // of this tile
   for (int64_t key = 0; key < keys; ++key) {
     T* at = logits + key * kPanel<T>;
-    const vec<T> s = load(at);
-    const vec<T> p = exp2<T>(s - max);
+    const vec<T> s = load(at) - max;
+    const vec<T> p = exp2<T>(s);
     store<T>(at, p);
     sum += p;
     if constexpr (Div::kTeacher) {
-      const vec<T> t = load(teacher + key * kPanel<T>);
-      vec<T> pt{};
+      vec<T> t = load(teacher + key * kPanel<T>), pt{};
+      if constexpr (kTeacherMax) t -= teacher_max;
       if constexpr (kTeacherSum) {
-        pt = exp2<T>(t - teacher_max);
+        pt = exp2<T>(t);
         teacher_sum += pt;
       }
       weighted += Div::term(p, pt, s - t);
     }
   }
-  add_tile(sums.sum + lane, shrink, sum);
-  if constexpr (Div::kTeacher)
+  if constexpr (Div::kTeacher) {
+    // Earlier terms were measured from earlier origins.
+    const vec<T> shift = (before - highest) - (teacher_before - load(sums.teacher_max + lane));
+    store<T>(sums.weighted + lane, Div::shifted(load(sums.weighted + lane), load(sums.sum + lane),
+                                                load(sums.teacher_sum + lane), shift));
     add_tile(sums.weighted + lane, Div::kTeacherProbability ? teacher_shrink : shrink, weighted);
+  }
+  add_tile(sums.sum + lane, shrink, sum);
   if constexpr (kTeacherSum) add_tile(sums.teacher_sum + lane, teacher_shrink, teacher_sum);
 }
 
@@ -131,6 +133,7 @@ template <class T>
 struct QueryPanel {
   T* query;          // [D, kPanel], scaled to base-2 logits
   T* teacher_query;  // [Dt, kPanel], likewise
+  T* teacher_start;  // [kPanel], the negative LSEs of the teacher where they are given, else 0
   T* output;         // [Dv, kPanel], not yet divided by the sum of probabilities
   RunningSums<T> sums;
   int64_t first_row = 0, rows = 0;
@@ -146,6 +149,7 @@ struct QueryPanel {
   QueryPanel(const ForwardProblem& p, Scratch<T>& scratch, Lanes lanes)
       : query(scratch.take(lanes.count * p.head_dim)),
         teacher_query(scratch.take(lanes.count * p.teacher_dim)),
+        teacher_start(scratch.take(lanes.count)),
         output(scratch.take(lanes.count * p.value_dim)),
         sums(scratch) {}
 };
@@ -201,8 +205,8 @@ class ForwardWorker {
   }
 
   const T* given_teacher_lse(int64_t b, int64_t h, int64_t first_row) const {
-    const T* lse = static_cast<const T*>(p_.given_teacher_lse);
-    return lse ? lse + (b * p_.heads + h) * p_.query_length + first_row : nullptr;
+    return static_cast<const T*>(p_.given_teacher_lse) + (b * p_.heads + h) * p_.query_length +
+           first_row;
   }
 
   void start(QueryPanel<T>& panel, int64_t b, int64_t h, int64_t first_row) {
@@ -215,7 +219,13 @@ class ForwardWorker {
       transpose_to_panel(rows_of(p_.teacher_query, b, h, first_row, rows, p_.teacher_dim, rows_),
                          rows, p_.teacher_dim, T(p_.teacher_scale * kLog2e), panel.teacher_query);
     fill(panel.output, P * p_.value_dim, T(0));
-    panel.sums.reset(given_teacher_lse(b, h, first_row), rows);
+    panel.sums.reset(kTeacherLse);
+    fill(panel.teacher_start, P, T(0));
+    if constexpr (Div::kTeacher && kTeacherLse) {
+      const T* lse = given_teacher_lse(b, h, first_row);
+      for (int64_t row = 0; row < rows; ++row)
+        panel.teacher_start[row] = T(p_.group_shift()) - T(kLog2e) * lse[row];
+    }
   }
 
   void tile(QueryPanel<T>& panel, int64_t keys) {
@@ -224,19 +234,16 @@ class ForwardWorker {
     bias_.clear_hidden(key_.copy(), keys, p_.head_dim);
     bias_.clear_hidden(teacher_key_.copy(), keys, teacher_keys(1) * p_.teacher_dim);
     bias_.clear_hidden(value_.copy(), keys, p_.value_dim);
-    gemm<false, false, P>(keys, vectors, p_.head_dim, key_.from(0), panel.query, logits_);
+    gemm<false, Sum::from_zero, P>(keys, vectors, p_.head_dim, key_.from(0), panel.query, logits_);
     bias_.add_to(logits_, keys, vectors);
-    if constexpr (Div::kTeacher) {
-      gemm<false, false, P>(teacher_keys(keys), vectors, p_.teacher_dim, teacher_key_.from(0),
-                            panel.teacher_query, teacher_logits_);
-      merge_groups(teacher_logits_, keys, teacher_keys(1), vectors);
-      bias_.add_to(teacher_logits_, keys, vectors);
-    }
+    if constexpr (Div::kTeacher)
+      teacher_logits(keys, p_.teacher_keys_per_key, vectors, p_.teacher_dim, teacher_key_.from(0),
+                     panel.teacher_query, panel.teacher_start, bias_, teacher_logits_);
     for (int64_t lane = 0; lane < vectors * kLanes<T>; lane += kLanes<T>)
       sweep<Div, kTeacherLse>(logits_ + lane, teacher_logits_ + lane, keys, panel.sums, lane,
                               panel.output + lane, p_.value_dim);
     dropout_.apply(logits_, keys, vectors);
-    gemm<true, true, P>(p_.value_dim, vectors, keys, value_.from(0), logits_, panel.output);
+    gemm<true, Sum::onto, P>(p_.value_dim, vectors, keys, value_.from(0), logits_, panel.output);
   }
 
   void finish(const QueryPanel<T>& panel, int64_t b, int64_t h) {
@@ -251,27 +258,37 @@ class ForwardWorker {
       static_cast<T*>(p_.inverse_sum)[at + row] = inverse_sum;
       static_cast<T*>(p_.correction)[at + row] = 0;
       // In double: the divergence is a small difference of these logarithms.
-      const double sum = static_cast<double>(sums.sum[row]);
-      const double lse = sees_no_key ? -__builtin_inf() : sums.max[row] + __builtin_log2(sum);
+      const double sum = static_cast<double>(sums.sum[row]), log_sum = __builtin_log2(sum);
+      const double lse = sees_no_key ? -__builtin_inf() : sums.max[row] + log_sum;
       static_cast<T*>(p_.lse)[at + row] = static_cast<T>(kLn2 * lse);
-      if constexpr (Div::kTeacher) {
-        const double teacher_sum = static_cast<double>(sums.teacher_sum[row]);
-        double teacher_lse = sums.teacher_max[row];
-        if constexpr (!kTeacherLse) {
-          teacher_lse = sees_no_key ? lse : teacher_lse + __builtin_log2(teacher_sum);
-          static_cast<T*>(p_.teacher_lse)[at + row] = static_cast<T>(kLn2 * teacher_lse);
-        }
-        const double divergence = Div::finish(static_cast<double>(sums.weighted[row]), sum,
-                                              teacher_sum, lse, teacher_lse);
-        static_cast<T*>(p_.kl)[at + row] = static_cast<T>(sees_no_key ? 0 : kLn2 * divergence);
-        if (!sees_no_key)
-          static_cast<T*>(p_.correction)[at + row] =
-              static_cast<T>(Div::correction(static_cast<double>(sums.weighted[row]), sum));
-      }
+      if constexpr (Div::kTeacher) finish_divergence(sums, row, at, sees_no_key, log_sum);
     }
     transpose_from_panel(panel.output, panel.rows, p_.value_dim, factor, rows_, p_.value_dim);
     store_rows(rows_, p_.value_dim, T(1), p_.output, b, h, panel.first_row, panel.rows,
                p_.value_dim);
+  }
+
+  void finish_divergence(const RunningSums<T>& sums, int64_t row, int64_t at, bool sees_no_key,
+                         double log_sum) {
+    const double weighted = sums.weighted[row], sum = sums.sum[row];
+    const double teacher_sum = sums.teacher_sum[row];
+    double teacher_log_sum = 0, shift = 0;  // with a given LSE
+    if constexpr (!kTeacherLse) {
+      teacher_log_sum = __builtin_log2(teacher_sum);
+      const double teacher_max = sums.teacher_max[row] + p_.group_shift();
+      const T lse = static_cast<T>(kLn2 * (teacher_max + teacher_log_sum));
+      shift = kLog2e * lse - teacher_max;  // the backward pass measures from the rounded LSE
+      static_cast<T*>(p_.teacher_lse)[at + row] =
+          sees_no_key ? static_cast<T>(-__builtin_inf()) : lse;
+    }
+    if (sees_no_key) {
+      static_cast<T*>(p_.kl)[at + row] = 0;
+      return;
+    }
+    static_cast<T*>(p_.kl)[at + row] =
+        static_cast<T>(kLn2 * Div::finish(weighted, sum, teacher_sum, log_sum, teacher_log_sum));
+    static_cast<T*>(p_.correction)[at + row] =
+        static_cast<T>(Div::correction(weighted, sum, shift));
   }
 
   const ForwardProblem& p_;

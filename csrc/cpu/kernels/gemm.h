@@ -22,6 +22,9 @@ inline constexpr int kMaxVectors = 2;
 constexpr int rows_per_call(int vectors) { return vectors == 2 ? 6 : 8; }
 #endif
 
+// What a product is added to: nothing, C, or one row of numbers, for every row of C the same.
+enum class Sum { from_zero, onto, from_row };
+
 // A, one way round or the other: element (m, k) is at data[m * ld + k], or at data[k * ld + m]
 // where the rows are the unit stride (kUnitRows).
 template <class T>
@@ -33,15 +36,21 @@ struct Left {
 // Inlined into the loop over rows by force: a call would pass its arguments in memory and clear the
 // upper halves of the registers, 6 % of a product of depth 32. kLd is the leading dimension of B
 // and C where it is known, else 0: known strides are another 2 %.
-template <int Rows, int Vectors, bool kUnitRows, bool kAccumulate, int kLd, class T>
+template <int Rows, int Vectors, bool kUnitRows, Sum kSum, int kLd, class T>
 [[gnu::always_inline]] inline void micro_kernel(int64_t depth, Left<T> a, const T* b, T* c,
-                                                int64_t runtime_ld) {
+                                                int64_t runtime_ld, const T* start) {
   constexpr int W = kLanes<T>;
   const int64_t ld = kLd ? kLd : runtime_ld;
   const int64_t row_stride = kUnitRows ? 1 : a.ld, column_stride = kUnitRows ? a.ld : 1;
   // C is added at the end: summing a tile from zero keeps rounding errors from growing with the
   // number of keys.
   vec<T> acc[Rows][Vectors] = {};
+  if constexpr (kSum == Sum::from_row) {
+#pragma GCC unroll 16
+    for (int m = 0; m < Rows; ++m)
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) acc[m][v] = load(start + v * W);
+  }
 
   const T* column = a.data;
 #pragma GCC unroll 2
@@ -64,61 +73,64 @@ template <int Rows, int Vectors, bool kUnitRows, bool kAccumulate, int kLd, clas
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) {
       T* at = c + m * ld + v * W;
-      store<T>(at, kAccumulate ? load(at) + acc[m][v] : acc[m][v]);
+      store<T>(at, kSum == Sum::onto ? load(at) + acc[m][v] : acc[m][v]);
     }
 }
 
 template <class T>
-using MicroKernel = void (*)(int64_t depth, Left<T> a, const T* b, T* c, int64_t ld);
+using MicroKernel = void (*)(int64_t depth, Left<T> a, const T* b, T* c, int64_t ld,
+                             const T* start);
 
-template <int Rows, int Vectors, bool kUnitRows, bool kAccumulate, int kLd, class T>
-void micro_kernel_call(int64_t depth, Left<T> a, const T* b, T* c, int64_t ld) {
-  micro_kernel<Rows, Vectors, kUnitRows, kAccumulate, kLd>(depth, a, b, c, ld);
+template <int Rows, int Vectors, bool kUnitRows, Sum kSum, int kLd, class T>
+void micro_kernel_call(int64_t depth, Left<T> a, const T* b, T* c, int64_t ld, const T* start) {
+  micro_kernel<Rows, Vectors, kUnitRows, kSum, kLd>(depth, a, b, c, ld, start);
 }
 
 // The micro-kernels of 1, 2, ... Rows rows, for the rows that are left over.
-template <int Vectors, bool kUnitRows, bool kAccumulate, int kLd, class T, int... Rows>
+template <int Vectors, bool kUnitRows, Sum kSum, int kLd, class T, int... Rows>
 constexpr auto remainder_kernels(std::integer_sequence<int, Rows...>) {
   struct Table {
     MicroKernel<T> kernel[sizeof...(Rows)];
   };
-  return Table{{micro_kernel_call<Rows + 1, Vectors, kUnitRows, kAccumulate, kLd, T>...}};
+  return Table{{micro_kernel_call<Rows + 1, Vectors, kUnitRows, kSum, kLd, T>...}};
 }
 
-template <int Vectors, bool kUnitRows, bool kAccumulate, int kLd, class T>
-void gemm_columns(int64_t rows, int64_t depth, Left<T> a, const T* b, T* c, int64_t runtime_ld) {
+template <int Vectors, bool kUnitRows, Sum kSum, int kLd, class T>
+void gemm_columns(int64_t rows, int64_t depth, Left<T> a, const T* b, T* c, int64_t runtime_ld,
+                  const T* start) {
   constexpr int kRows = rows_per_call(Vectors);
-  static constexpr auto remainder = remainder_kernels<Vectors, kUnitRows, kAccumulate, kLd, T>(
-      std::make_integer_sequence<int, kRows>());
+  static constexpr auto remainder =
+      remainder_kernels<Vectors, kUnitRows, kSum, kLd, T>(std::make_integer_sequence<int, kRows>());
   const int64_t ld = kLd ? kLd : runtime_ld;
   const int64_t row_stride = kUnitRows ? 1 : a.ld;
   int64_t m = 0;
   for (; m + kRows <= rows; m += kRows, a.data += kRows * row_stride, c += kRows * ld)
-    micro_kernel<kRows, Vectors, kUnitRows, kAccumulate, kLd>(depth, a, b, c, ld);
-  if (m < rows) remainder.kernel[rows - m - 1](depth, a, b, c, ld);
+    micro_kernel<kRows, Vectors, kUnitRows, kSum, kLd>(depth, a, b, c, ld, start);
+  if (m < rows) remainder.kernel[rows - m - 1](depth, a, b, c, ld, start);
 }
 
-// C[rows, vectors * lanes] (+)= A[rows, depth] B[depth, vectors * lanes]; B and C have the leading
-// dimension kLd, or ld where that is 0.
-template <bool kUnitRows, bool kAccumulate, int kLd = 0, class T>
+// C[rows, vectors * lanes] = A[rows, depth] B[depth, vectors * lanes] + what kSum says; B and C
+// have the leading dimension kLd, or ld where that is 0.
+template <bool kUnitRows, Sum kSum, int kLd = 0, class T>
 void gemm(int64_t rows, int64_t vectors, int64_t depth, Left<T> a, const T* b, T* c,
-          int64_t ld = kLd) {
+          int64_t ld = kLd, const T* start = nullptr) {
   while (vectors > 0) {
     const int64_t now = vectors < kMaxVectors ? vectors : kMaxVectors;
     switch (now) {
-      case 1: gemm_columns<1, kUnitRows, kAccumulate, kLd>(rows, depth, a, b, c, ld); break;
-      case 2: gemm_columns<2, kUnitRows, kAccumulate, kLd>(rows, depth, a, b, c, ld); break;
+      case 1: gemm_columns<1, kUnitRows, kSum, kLd>(rows, depth, a, b, c, ld, start); break;
+      case 2: gemm_columns<2, kUnitRows, kSum, kLd>(rows, depth, a, b, c, ld, start); break;
       default:
         if constexpr (kMaxVectors == 4) {
           if (now == 3)
-            gemm_columns<3, kUnitRows, kAccumulate, kLd>(rows, depth, a, b, c, ld);
+            gemm_columns<3, kUnitRows, kSum, kLd>(rows, depth, a, b, c, ld, start);
           else
-            gemm_columns<4, kUnitRows, kAccumulate, kLd>(rows, depth, a, b, c, ld);
+            gemm_columns<4, kUnitRows, kSum, kLd>(rows, depth, a, b, c, ld, start);
         }
     }
     vectors -= now;
     b += now * kLanes<T>;
     c += now * kLanes<T>;
+    if constexpr (kSum == Sum::from_row) start += now * kLanes<T>;
   }
 }
 
@@ -127,8 +139,8 @@ void gemm(int64_t rows, int64_t vectors, int64_t depth, Left<T> a, const T* b, T
 template <class T>
 void gemm_rows(int64_t rows, int64_t vectors, int64_t depth, Left<T> a, const T* b, T* c,
                int64_t ld) {
-  if (ld == 32) return gemm<false, true, 32>(rows, vectors, depth, a, b, c);
-  gemm<false, true>(rows, vectors, depth, a, b, c, ld);
+  if (ld == 32) return gemm<false, Sum::onto, 32>(rows, vectors, depth, a, b, c);
+  gemm<false, Sum::onto>(rows, vectors, depth, a, b, c, ld);
 }
 
 }  // namespace attn_kd::ATTN_KD_ISA

@@ -153,7 +153,8 @@ class GroupMaps {
     const T* inverse_sum = row_values(known_.inverse_sum, p_.heads, seen_by);
     const T* lse = row_values(known_.teacher_lse, p_.teacher_heads, first_head_ + i);
     for (int64_t row = 0; row < row_count_; ++row)
-      if (inverse_sum[row] != 0) origin[row] = T(kLog2e) * lse[row];
+      if (inverse_sum[row] != 0)
+        origin[row] = T(kLog2e) * lse[row] - static_cast<T>(p_.group_shift());
     load_rows(p_.teacher_query, b_, first_head_ + i, first_row_, row_count_, p_.teacher_dim, rows_,
               p_.teacher_dim);
     transpose_to_panel(Rows<T>{rows_, p_.teacher_dim}, row_count_, p_.teacher_dim,
@@ -165,8 +166,8 @@ class GroupMaps {
     T* logits = probability(i);
     load_rows(p_.key, b_, first_head_ + i, first_key, keys, p_.head_dim, k, p_.head_dim);
     bias_.clear_hidden(k, keys, p_.head_dim);
-    gemm<false, false, P>(keys, vectors(), p_.head_dim, Left<T>{k, p_.head_dim},
-                          query_ + i * P * p_.head_dim, logits);
+    gemm<false, Sum::from_zero, P>(keys, vectors(), p_.head_dim, Left<T>{k, p_.head_dim},
+                                   query_ + i * P * p_.head_dim, logits);
     bias_.add_to(logits, keys, vectors());
     for (int64_t lane = 0; lane < vectors() * kLanes<T>; lane += kLanes<T>)
       add_map<T>(logits + lane, student_ + lane, keys, load(origin_ + i * P + lane),
@@ -178,8 +179,8 @@ class GroupMaps {
     load_rows(p_.teacher_key, b_, first_head_ + i, first_key * group, keys * group, dim,
               teacher_key_, dim);
     bias_.clear_hidden(teacher_key_, keys, group * dim);
-    gemm<false, false, P>(keys * group, vectors(), dim, Left<T>{teacher_key_, dim},
-                          teacher_query_ + i * P * dim, teacher_logits_);
+    gemm<false, Sum::from_zero, P>(keys * group, vectors(), dim, Left<T>{teacher_key_, dim},
+                                   teacher_query_ + i * P * dim, teacher_logits_);
     merge_groups(teacher_logits_, keys, group, vectors());
     bias_.add_to(teacher_logits_, keys, vectors());
     const vec<T> weight = broadcast(1 / static_cast<T>(teacher_heads_));

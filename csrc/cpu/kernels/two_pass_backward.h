@@ -192,15 +192,15 @@ class TwoPassBackwardWorker {
     const int64_t vectors = maps_.vectors();
     T* probability = maps_.probability(i);
     // With no gradient of the output the depth is 0, and the product writes zeros.
-    gemm<false, false, P>(keys, vectors, value_dim_, Left<T>{value_, value_dim_}, head.grad_output,
-                          grad_probability_);
+    gemm<false, Sum::from_zero, P>(keys, vectors, value_dim_, Left<T>{value_, value_dim_},
+                                   head.grad_output, grad_probability_);
     dropout_.apply(grad_probability_, keys, vectors);
     for (int64_t lane = 0; lane < vectors * kLanes<T>; lane += kLanes<T>)
       group_grad_sweep<T>(probability + lane, maps_.student() + lane, grad_probability_ + lane,
                           keys, load(head.offset + lane), load(head.factor + lane));
     dropout_.apply(probability, keys, vectors);
-    gemm<true, true, P>(p_.head_dim, vectors, keys, Left<T>{maps_.key(i), p_.head_dim},
-                        grad_probability_, head.grad_query);
+    gemm<true, Sum::onto, P>(p_.head_dim, vectors, keys, Left<T>{maps_.key(i), p_.head_dim},
+                             grad_probability_, head.grad_query);
     gemm_rows(keys, head_ld_ / kLanes<T>, rows, Left<T>{grad_probability_, P}, head.query_rows,
               head.grad_key + key * head_ld_, head_ld_);
     gemm_rows(keys, value_ld_ / kLanes<T>, rows, Left<T>{probability, P}, head.grad_output_rows,
