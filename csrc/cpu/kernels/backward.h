@@ -213,8 +213,8 @@ class BackwardWorker {
                      teacher_key_.from(teacher_keys(key)), teacher_query_, minus_teacher_lse_,
                      bias_, teacher_logits_);
     // With no gradient of the output the depth is 0, and the product writes zeros.
-    gemm<false, Sum::from_zero, P>(keys, vectors, value_dim_, value_.from(key), grad_output_,
-                                   grad_probability_);
+    gemm<false, Sum::alone, P>(keys, vectors, value_dim_, value_.from(key), grad_output_,
+                               grad_probability_);
     dropout_.apply(grad_probability_, keys, vectors);
     for (int64_t lane = 0; lane < vectors * kLanes<T>; lane += kLanes<T>)
       grad_sweep<Div>(logits_ + lane, teacher_logits_ + lane, grad_probability_ + lane, keys,

@@ -234,7 +234,7 @@ class ForwardWorker {
     bias_.clear_hidden(key_.copy(), keys, p_.head_dim);
     bias_.clear_hidden(teacher_key_.copy(), keys, teacher_keys(1) * p_.teacher_dim);
     bias_.clear_hidden(value_.copy(), keys, p_.value_dim);
-    gemm<false, Sum::from_zero, P>(keys, vectors, p_.head_dim, key_.from(0), panel.query, logits_);
+    gemm<false, Sum::alone, P>(keys, vectors, p_.head_dim, key_.from(0), panel.query, logits_);
     bias_.add_to(logits_, keys, vectors);
     if constexpr (Div::kTeacher)
       teacher_logits(keys, p_.teacher_keys_per_key, vectors, p_.teacher_dim, teacher_key_.from(0),

@@ -23,7 +23,7 @@ constexpr int rows_per_call(int vectors) { return vectors == 2 ? 6 : 8; }
 #endif
 
 // What a product is added to: nothing, C, or one row of numbers, for every row of C the same.
-enum class Sum { from_zero, onto, from_row };
+enum class Sum { alone, onto, plus_row };
 
 // A, one way round or the other: element (m, k) is at data[m * ld + k], or at data[k * ld + m]
 // where the rows are the unit stride (kUnitRows).
@@ -38,19 +38,13 @@ struct Left {
 // and C where it is known, else 0: known strides are another 2 %.
 template <int Rows, int Vectors, bool kUnitRows, Sum kSum, int kLd, class T>
 [[gnu::always_inline]] inline void micro_kernel(int64_t depth, Left<T> a, const T* b, T* c,
-                                                int64_t runtime_ld, const T* start) {
+                                                int64_t runtime_ld, const T* row_addend) {
   constexpr int W = kLanes<T>;
   const int64_t ld = kLd ? kLd : runtime_ld;
   const int64_t row_stride = kUnitRows ? 1 : a.ld, column_stride = kUnitRows ? a.ld : 1;
-  // C is added at the end: summing a tile from zero keeps rounding errors from growing with the
-  // number of keys.
+  // What is added comes last: summing a tile from zero keeps rounding errors from growing with the
+  // number of keys, or with the addend.
   vec<T> acc[Rows][Vectors] = {};
-  if constexpr (kSum == Sum::from_row) {
-#pragma GCC unroll 16
-    for (int m = 0; m < Rows; ++m)
-#pragma GCC unroll 4
-      for (int v = 0; v < Vectors; ++v) acc[m][v] = load(start + v * W);
-  }
 
   const T* column = a.data;
 #pragma GCC unroll 2
@@ -73,17 +67,20 @@ template <int Rows, int Vectors, bool kUnitRows, Sum kSum, int kLd, class T>
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) {
       T* at = c + m * ld + v * W;
-      store<T>(at, kSum == Sum::onto ? load(at) + acc[m][v] : acc[m][v]);
+      if constexpr (kSum == Sum::onto) acc[m][v] += load(at);
+      if constexpr (kSum == Sum::plus_row) acc[m][v] += load(row_addend + v * W);
+      store<T>(at, acc[m][v]);
     }
 }
 
 template <class T>
 using MicroKernel = void (*)(int64_t depth, Left<T> a, const T* b, T* c, int64_t ld,
-                             const T* start);
+                             const T* row_addend);
 
 template <int Rows, int Vectors, bool kUnitRows, Sum kSum, int kLd, class T>
-void micro_kernel_call(int64_t depth, Left<T> a, const T* b, T* c, int64_t ld, const T* start) {
-  micro_kernel<Rows, Vectors, kUnitRows, kSum, kLd>(depth, a, b, c, ld, start);
+void micro_kernel_call(int64_t depth, Left<T> a, const T* b, T* c, int64_t ld,
+                       const T* row_addend) {
+  micro_kernel<Rows, Vectors, kUnitRows, kSum, kLd>(depth, a, b, c, ld, row_addend);
 }
 
 // The micro-kernels of 1, 2, ... Rows rows, for the rows that are left over.
@@ -97,7 +94,7 @@ constexpr auto remainder_kernels(std::integer_sequence<int, Rows...>) {
 
 template <int Vectors, bool kUnitRows, Sum kSum, int kLd, class T>
 void gemm_columns(int64_t rows, int64_t depth, Left<T> a, const T* b, T* c, int64_t runtime_ld,
-                  const T* start) {
+                  const T* row_addend) {
   constexpr int kRows = rows_per_call(Vectors);
   static constexpr auto remainder =
       remainder_kernels<Vectors, kUnitRows, kSum, kLd, T>(std::make_integer_sequence<int, kRows>());
@@ -105,32 +102,32 @@ void gemm_columns(int64_t rows, int64_t depth, Left<T> a, const T* b, T* c, int6
   const int64_t row_stride = kUnitRows ? 1 : a.ld;
   int64_t m = 0;
   for (; m + kRows <= rows; m += kRows, a.data += kRows * row_stride, c += kRows * ld)
-    micro_kernel<kRows, Vectors, kUnitRows, kSum, kLd>(depth, a, b, c, ld, start);
-  if (m < rows) remainder.kernel[rows - m - 1](depth, a, b, c, ld, start);
+    micro_kernel<kRows, Vectors, kUnitRows, kSum, kLd>(depth, a, b, c, ld, row_addend);
+  if (m < rows) remainder.kernel[rows - m - 1](depth, a, b, c, ld, row_addend);
 }
 
 // C[rows, vectors * lanes] = A[rows, depth] B[depth, vectors * lanes] + what kSum says; B and C
 // have the leading dimension kLd, or ld where that is 0.
 template <bool kUnitRows, Sum kSum, int kLd = 0, class T>
 void gemm(int64_t rows, int64_t vectors, int64_t depth, Left<T> a, const T* b, T* c,
-          int64_t ld = kLd, const T* start = nullptr) {
+          int64_t ld = kLd, const T* row_addend = nullptr) {
   while (vectors > 0) {
     const int64_t now = vectors < kMaxVectors ? vectors : kMaxVectors;
     switch (now) {
-      case 1: gemm_columns<1, kUnitRows, kSum, kLd>(rows, depth, a, b, c, ld, start); break;
-      case 2: gemm_columns<2, kUnitRows, kSum, kLd>(rows, depth, a, b, c, ld, start); break;
+      case 1: gemm_columns<1, kUnitRows, kSum, kLd>(rows, depth, a, b, c, ld, row_addend); break;
+      case 2: gemm_columns<2, kUnitRows, kSum, kLd>(rows, depth, a, b, c, ld, row_addend); break;
       default:
         if constexpr (kMaxVectors == 4) {
           if (now == 3)
-            gemm_columns<3, kUnitRows, kSum, kLd>(rows, depth, a, b, c, ld, start);
+            gemm_columns<3, kUnitRows, kSum, kLd>(rows, depth, a, b, c, ld, row_addend);
           else
-            gemm_columns<4, kUnitRows, kSum, kLd>(rows, depth, a, b, c, ld, start);
+            gemm_columns<4, kUnitRows, kSum, kLd>(rows, depth, a, b, c, ld, row_addend);
         }
     }
     vectors -= now;
     b += now * kLanes<T>;
     c += now * kLanes<T>;
-    if constexpr (kSum == Sum::from_row) start += now * kLanes<T>;
+    if constexpr (kSum == Sum::plus_row) row_addend += now * kLanes<T>;
   }
 }
 

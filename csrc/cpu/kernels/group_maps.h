@@ -166,8 +166,8 @@ class GroupMaps {
     T* logits = probability(i);
     load_rows(p_.key, b_, first_head_ + i, first_key, keys, p_.head_dim, k, p_.head_dim);
     bias_.clear_hidden(k, keys, p_.head_dim);
-    gemm<false, Sum::from_zero, P>(keys, vectors(), p_.head_dim, Left<T>{k, p_.head_dim},
-                                   query_ + i * P * p_.head_dim, logits);
+    gemm<false, Sum::alone, P>(keys, vectors(), p_.head_dim, Left<T>{k, p_.head_dim},
+                               query_ + i * P * p_.head_dim, logits);
     bias_.add_to(logits, keys, vectors());
     for (int64_t lane = 0; lane < vectors() * kLanes<T>; lane += kLanes<T>)
       add_map<T>(logits + lane, student_ + lane, keys, load(origin_ + i * P + lane),
@@ -179,8 +179,8 @@ class GroupMaps {
     load_rows(p_.teacher_key, b_, first_head_ + i, first_key * group, keys * group, dim,
               teacher_key_, dim);
     bias_.clear_hidden(teacher_key_, keys, group * dim);
-    gemm<false, Sum::from_zero, P>(keys * group, vectors(), dim, Left<T>{teacher_key_, dim},
-                                   teacher_query_ + i * P * dim, teacher_logits_);
+    gemm<false, Sum::alone, P>(keys * group, vectors(), dim, Left<T>{teacher_key_, dim},
+                               teacher_query_ + i * P * dim, teacher_logits_);
     merge_groups(teacher_logits_, keys, group, vectors());
     bias_.add_to(teacher_logits_, keys, vectors());
     const vec<T> weight = broadcast(1 / static_cast<T>(teacher_heads_));

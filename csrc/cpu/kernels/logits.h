@@ -12,7 +12,7 @@ namespace attn_kd::ATTN_KD_ISA {
 template <class T>
 inline void student_logits(int64_t keys, int64_t vectors, int64_t width, Left<T> left,
                            const T* query_panel, const T* start, const Bias<T>& bias, T* tile) {
-  gemm<false, Sum::from_row, kPanel<T>>(keys, vectors, width, left, query_panel, tile, kPanel<T>,
+  gemm<false, Sum::plus_row, kPanel<T>>(keys, vectors, width, left, query_panel, tile, kPanel<T>,
                                         start);
   bias.add_to(tile, keys, vectors);
 }
@@ -23,7 +23,7 @@ inline void teacher_logits(int64_t keys, int64_t group, int64_t vectors, int64_t
                            Left<T> left, const T* query_panel, const T* start, const Bias<T>& bias,
                            T* tile) {
   if (group == 1) return student_logits(keys, vectors, width, left, query_panel, start, bias, tile);
-  gemm<false, Sum::from_zero, kPanel<T>>(keys * group, vectors, width, left, query_panel, tile);
+  gemm<false, Sum::alone, kPanel<T>>(keys * group, vectors, width, left, query_panel, tile);
   merge_groups(tile, keys, group, vectors, start);
   bias.add_to(tile, keys, vectors);
 }

@@ -192,8 +192,8 @@ class TwoPassBackwardWorker {
     const int64_t vectors = maps_.vectors();
     T* probability = maps_.probability(i);
     // With no gradient of the output the depth is 0, and the product writes zeros.
-    gemm<false, Sum::from_zero, P>(keys, vectors, value_dim_, Left<T>{value_, value_dim_},
-                                   head.grad_output, grad_probability_);
+    gemm<false, Sum::alone, P>(keys, vectors, value_dim_, Left<T>{value_, value_dim_},
+                               head.grad_output, grad_probability_);
     dropout_.apply(grad_probability_, keys, vectors);
     for (int64_t lane = 0; lane < vectors * kLanes<T>; lane += kLanes<T>)
       group_grad_sweep<T>(probability + lane, maps_.student() + lane, grad_probability_ + lane,
