@@ -50,6 +50,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         "-mprefer-vector-width=512",
         "-Wno-maybe-uninitialized",  # GCC 12 gives this for its own intrinsics, by the hundred
     ]
+    INSTRUCTION_SETS["avx512_bf16"] = [*INSTRUCTION_SETS["avx512"], "-mavx512bf16"]
 
 
 class BuildObstacleError(Exception):

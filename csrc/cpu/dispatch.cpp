@@ -22,6 +22,12 @@ const cpu::Kernels& kernels();
 }
 #endif
 
+#ifdef ATTN_KD_HAVE_AVX512_BF16
+namespace avx512_bf16 {
+const cpu::Kernels& kernels();
+}
+#endif
+
 namespace cpu {
 namespace {
 
@@ -39,10 +45,13 @@ std::vector<InstructionSet> instruction_sets() {
                                         __builtin_cpu_supports("f16c")});
 #endif
 #ifdef ATTN_KD_HAVE_AVX512
-  sets.push_back({&avx512::kernels(),
-                  __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                      __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")});
+                      __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  sets.push_back({&avx512::kernels(), avx512});
+#endif
+#ifdef ATTN_KD_HAVE_AVX512_BF16
+  sets.push_back({&avx512_bf16::kernels(), avx512 && __builtin_cpu_supports("avx512bf16")});
 #endif
   return sets;
 }

@@ -11,6 +11,7 @@
 #include "divergence.h"
 #include "dropout.h"
 #include "exp2.h"
+#include "log2.h"
 #include "logits.h"
 
 namespace attn_kd::ATTN_KD_ISA {
@@ -44,8 +45,12 @@ inline void grad_sweep(T* logits, const T* teacher, T* grad_probability, int64_t
   }
 }
 
-template <class Div, class T>
+template <class Div, class Precision>
 class BackwardWorker {
+  using T = typename Precision::Number;
+  using Element = typename Precision::Element;
+  using Keys = typename Precision::Keys;
+
  public:
   BackwardWorker(const BackwardProblem& problem, Scratch<T>& scratch)
       : p_(problem),
@@ -54,22 +59,29 @@ class BackwardWorker {
         value_ld_(round_up(value_dim_, kLanes<T>)),
         chunk_(chunk_keys(problem)),
         tile_keys_(min(kBackwardKeys, chunk_)),
-        key_(p_.key, p_.head_dim, chunk_, Bias<T>::hides_keys(p_.mask), scratch),
-        teacher_key_(p_.teacher_key, p_.teacher_dim, teacher_keys(chunk_),
-                     Bias<T>::hides_keys(p_.mask), scratch),
-        value_(p_.value, value_dim_, chunk_, Bias<T>::hides_keys(p_.mask), scratch),
+        key_(p_.key, p_.head_dim, chunk_, hides_keys(), Keys::Use::both, scratch),
+        teacher_key_(p_.teacher_key, p_.teacher_dim, teacher_keys(chunk_), hides_keys(),
+                     Keys::Use::rows, scratch),
+        value_(p_.value, value_dim_, chunk_, hides_keys(), Keys::Use::rows, scratch),
         grad_key_(scratch.take(chunk_ * head_ld_)),
         grad_value_(scratch.take(chunk_ * value_ld_)),
-        query_rows_(scratch.take(P * head_ld_)),
-        grad_output_rows_(scratch.take(P * value_ld_)),
-        rows_(scratch.take(P * widest())),
-        query_(scratch.take(P * p_.head_dim)),
-        teacher_query_(scratch.take(P * p_.teacher_dim)),
-        grad_output_(scratch.take(P * value_dim_)),
+        query_rows_(Precision::take(scratch, Precision::depth(P) * head_ld_)),
+        grad_output_numbers_(scratch.take(P * value_ld_)),
+        grad_output_rows_(
+            Precision::take_beside(grad_output_numbers_, scratch, Precision::depth(P) * value_ld_)),
+        rows_(scratch.take(P * (head_ld_ > value_ld_ ? head_ld_ : value_ld_))),
+        panel_rows_(Precision::take(scratch, P * widest())),
+        query_(Precision::take(scratch, P * Precision::depth(p_.head_dim))),
+        teacher_query_(Precision::take(scratch, P * Precision::depth(p_.teacher_dim))),
+        grad_output_(Precision::take(scratch, P * Precision::depth(value_dim_))),
         grad_query_(scratch.take(P * p_.head_dim)),
         logits_(scratch.take(P * tile_keys_)),
         teacher_logits_(scratch.take(Div::kTeacher ? P * teacher_keys(tile_keys_) : 0)),
         grad_probability_(scratch.take(P * tile_keys_)),
+        rounded_map_(Precision::take(scratch, rounded_elements())),
+        rounded_rows_(Precision::take(scratch, rounded_elements())),
+        rounded_columns_(Precision::take(scratch, rounded_elements())),
+        zeros_(scratch.take(P)),
         minus_origin_(scratch.take(P)),
         minus_teacher_lse_(scratch.take(P)),
         offset_(scratch.take(P)),
@@ -78,6 +90,8 @@ class BackwardWorker {
         dropout_(problem.dropout, scratch, tile_keys_) {}
 
   void key_range(int64_t b, int64_t h, int64_t split, int64_t begin, int64_t end) {
+    const T value_factor = Precision::kFoldFactors ? T(1) : T(p_.dropout.keep_factor);
+    fill(zeros_, P, T(0));
     for (int64_t first = begin; first < end; first += chunk_) {
       const int64_t keys = min(end - first, chunk_);
       start_chunk(b, h, first, keys);
@@ -94,7 +108,8 @@ class BackwardWorker {
         finish_panel(split * p_.batch + b, h, row, rows, first == begin);
       }
       store_rows(grad_key_, head_ld_, T(p_.scale), p_.grad_key, b, h, first, keys, p_.head_dim);
-      store_rows(grad_value_, value_ld_, T(1), p_.grad_value, b, h, first, keys, value_dim_);
+      store_rows(grad_value_, value_ld_, value_factor, p_.grad_value, b, h, first, keys,
+                 value_dim_);
     }
   }
 
@@ -110,8 +125,13 @@ class BackwardWorker {
     return min(keys, round_up(equal, kBackwardKeys));
   }
   int64_t widest() const {
-    const int64_t widest = head_ld_ > value_ld_ ? head_ld_ : value_ld_;
+    const int64_t widest = p_.head_dim > value_dim_ ? p_.head_dim : value_dim_;
     return widest > p_.teacher_dim ? widest : p_.teacher_dim;
+  }
+  bool hides_keys() const { return Bias<T>::hides_keys(p_.mask); }
+  // Of a tile that is rounded: pairs of rows, so an even number of them.
+  int64_t rounded_elements() const {
+    return Precision::kFoldFactors ? 0 : round_up(tile_keys_, 2) * P / 2;
   }
 
   void start_chunk(int64_t b, int64_t h, int64_t first, int64_t keys) {
@@ -124,41 +144,56 @@ class BackwardWorker {
 
   void start_panel(int64_t b, int64_t h, int64_t row, int64_t rows) {
     if constexpr (Div::kTeacher)
-      transpose_to_panel(rows_of(p_.teacher_query, b, h, row, rows, p_.teacher_dim, rows_), rows,
-                         p_.teacher_dim, T(p_.teacher_scale * kLog2e), teacher_query_);
-    load_rows(p_.query, b, h, row, rows, p_.head_dim, query_rows_, head_ld_);
-    transpose_to_panel(Rows<T>{query_rows_, head_ld_}, rows, p_.head_dim, T(p_.scale * kLog2e),
-                       query_);
+      Precision::read_panel(p_.teacher_query, b, h, row, rows, p_.teacher_dim, p_.teacher_scale,
+                            panel_rows_, teacher_query_);
+    Precision::read_rows(p_.query, b, h, row, rows, p_.head_dim, query_rows_, head_ld_);
+    Precision::read_panel(p_.query, b, h, row, rows, p_.head_dim, p_.scale, panel_rows_, query_);
     fill(grad_query_, P * p_.head_dim, T(0));
     if (value_dim_) {
       load_rows(p_.output, b, h, row, rows, value_dim_, rows_, value_ld_);
-      load_rows(p_.grad_output, b, h, row, rows, value_dim_, grad_output_rows_, value_ld_);
+      load_rows(p_.grad_output, b, h, row, rows, value_dim_, grad_output_numbers_, value_ld_);
     }
     row_constants((b * p_.heads + h) * p_.query_length + row, rows);
-    transpose_to_panel(Rows<T>{grad_output_rows_, value_ld_}, rows, value_dim_, T(1), grad_output_);
+    if (!value_dim_) return;
+    if constexpr (Precision::kFoldFactors) {
+      transpose_to_panel(Rows<T>{grad_output_numbers_, value_ld_}, rows, value_dim_, T(1),
+                         grad_output_);
+    } else {
+      Precision::read_rows(p_.grad_output, b, h, row, rows, value_dim_, grad_output_rows_,
+                           value_ld_);
+      Precision::read_panel(p_.grad_output, b, h, row, rows, value_dim_, 1, panel_rows_,
+                            grad_output_);
+    }
   }
 
-  // Per row: what of dS does not depend on the key, and the inverse sum, which goes into the rows
-  // of dO too. Rows that see no key, whose logits are all masked, get zeros.
+  // Per row: what of dS does not depend on the key, and the inverse sum, which goes into whatever
+  // the row's probabilities are multiplied by or, where that must not be touched, into their
+  // exponent. Rows that see no key, whose logits are all masked, get zeros.
   void row_constants(int64_t at, int64_t rows) {
     const auto read = [&](const void* values, int64_t lane) {
       return read_lanes(static_cast<const T*>(values), at + lane, rows - lane);
     };
+    const vec<T> one = broadcast(T(1));
     for (int64_t lane = 0; lane < rows; lane += kLanes<T>) {
       const vec<T> inverse_sum = read(p_.inverse_sum, lane);
       const auto sees = inverse_sum != T(0);
+      const vec<T> factor = Precision::kFoldFactors ? inverse_sum : one;
+      vec<T> log_factor{};
+      if constexpr (!Precision::kFoldFactors) log_factor = log2<T>(sees ? inverse_sum : one);
       vec<T> offset = read(p_.grad_lse, lane) - output_gradient(lane, rows);
       if constexpr (Div::kTeacher) {
         const vec<T> grad = read(p_.grad_kl, lane);
         const vec<T> teacher_lse = read(p_.teacher_lse, lane) * T(kLog2e) - T(p_.group_shift());
         store<T>(minus_teacher_lse_ + lane, sees ? -teacher_lse : vec<T>{});
-        offset += Div::template row_offset<T>(grad, read(p_.correction, lane));
-        const vec<T> slope = Div::template row_slope<T>(grad, inverse_sum);
+        const vec<T> correction = read(p_.correction, lane) + log_factor * T(kLn2);
+        offset += Div::template row_offset<T>(grad, correction);
+        const vec<T> slope = Div::template row_slope<T>(grad, factor);
         store<T>(slope_ + lane, sees ? slope : vec<T>{});
       }
-      store<T>(minus_origin_ + lane, -read(p_.origin, lane));
-      store<T>(offset_ + lane, sees ? offset * inverse_sum : vec<T>{});
-      scale_grad_output(lane, rows, inverse_sum * T(p_.dropout.keep_factor));
+      store<T>(minus_origin_ + lane, log_factor - read(p_.origin, lane));
+      store<T>(offset_ + lane, sees ? offset * factor : vec<T>{});
+      if constexpr (Precision::kFoldFactors)
+        scale_grad_output(lane, rows, inverse_sum * T(p_.dropout.keep_factor));
     }
   }
 
@@ -181,7 +216,7 @@ class BackwardWorker {
       const int64_t at = (lane + i) * value_ld_;
       if (lane + i < rows)
         for (int64_t j = 0; j < value_ld_; j += W)
-          products[i] += load(grad_output_rows_ + at + j) * load(rows_ + at + j);
+          products[i] += load(grad_output_numbers_ + at + j) * load(rows_ + at + j);
     }
     transpose_stages<1, T>(products);
 #pragma GCC unroll 4
@@ -194,7 +229,7 @@ class BackwardWorker {
   void scale_grad_output(int64_t lane, int64_t rows, vec<T> factor) {
     for (int64_t i = 0; i < kLanes<T> && lane + i < rows; ++i)
       for (int64_t j = 0; j < value_ld_; j += kLanes<T>) {
-        T* at = grad_output_rows_ + (lane + i) * value_ld_ + j;
+        T* at = grad_output_numbers_ + (lane + i) * value_ld_ + j;
         // Not 0 * NaN: a row that sees no key has no gradient, whatever came in.
         store<T>(at, factor[i] == 0 ? vec<T>{} : load(at) * factor[i]);
       }
@@ -202,29 +237,41 @@ class BackwardWorker {
 
   void tile(int64_t key, int64_t keys, int64_t rows) {
     const int64_t vectors = vectors_of(rows);
-    bias_.clear_hidden(key_.copy(key), keys, p_.head_dim);
-    bias_.clear_hidden(teacher_key_.copy(teacher_keys(key)), keys,
-                       teacher_keys(1) * p_.teacher_dim);
-    bias_.clear_hidden(value_.copy(key), keys, value_dim_);
-    student_logits(keys, vectors, p_.head_dim, key_.from(key), query_, minus_origin_, bias_,
-                   logits_);
+    key_.clear_hidden(bias_, key, keys);
+    teacher_key_.clear_hidden(bias_, key, keys, teacher_keys(1));
+    value_.clear_hidden(bias_, key, keys);
+    logit_tile<Precision>(keys, 1, vectors, p_.head_dim, key_.rows(key), query_, p_.scale,
+                          minus_origin_, zeros_, bias_, logits_);
     if constexpr (Div::kTeacher)
-      teacher_logits(keys, p_.teacher_keys_per_key, vectors, p_.teacher_dim,
-                     teacher_key_.from(teacher_keys(key)), teacher_query_, minus_teacher_lse_,
-                     bias_, teacher_logits_);
+      logit_tile<Precision>(keys, teacher_keys(1), vectors, p_.teacher_dim,
+                            teacher_key_.rows(teacher_keys(key)), teacher_query_, p_.teacher_scale,
+                            minus_teacher_lse_, zeros_, bias_, teacher_logits_);
     // With no gradient of the output the depth is 0, and the product writes zeros.
-    gemm<false, Sum::alone, P>(keys, vectors, value_dim_, value_.from(key), grad_output_,
-                               grad_probability_);
+    constexpr Sum kSum = Precision::kFoldFactors ? Sum::alone : Sum::scaled_plus_row;
+    gemm<false, kSum, P>(keys, vectors, Precision::depth(value_dim_), value_.rows(key),
+                         grad_output_, grad_probability_, P,
+                         Epilogue<T>{zeros_, T(p_.dropout.keep_factor)});
     dropout_.apply(grad_probability_, keys, vectors);
     for (int64_t lane = 0; lane < vectors * kLanes<T>; lane += kLanes<T>)
       grad_sweep<Div>(logits_ + lane, teacher_logits_ + lane, grad_probability_ + lane, keys,
                       load(offset_ + lane), load(slope_ + lane));
     dropout_.apply(logits_, keys, vectors);
-    gemm<true, Sum::onto, P>(p_.head_dim, vectors, keys, key_.from(key), grad_probability_,
-                             grad_query_);
-    gemm_rows(keys, head_ld_ / kLanes<T>, rows, Left<T>{grad_probability_, P}, query_rows_,
+    add_gradients(key, keys, rows, vectors);
+  }
+
+  // dQ += Kt dS, dK += dS Q, dV += P dO.
+  void add_gradients(int64_t key, int64_t keys, int64_t rows, int64_t vectors) {
+    const int64_t depth = Precision::depth(rows);
+    const Left<Element> grad_logits =
+        Precision::as_rows(grad_probability_, keys, vectors, rounded_rows_);
+    gemm_rows(keys, head_ld_ / kLanes<T>, depth, grad_logits, query_rows_,
               grad_key_ + key * head_ld_, head_ld_);
-    gemm_rows(keys, value_ld_ / kLanes<T>, rows, Left<T>{logits_, P}, grad_output_rows_,
+    gemm<true, Sum::onto, P>(
+        p_.head_dim, vectors, Precision::depth(keys), key_.columns(key),
+        Precision::as_columns(grad_probability_, keys, vectors, rounded_rows_, rounded_columns_),
+        grad_query_);
+    gemm_rows(keys, value_ld_ / kLanes<T>, depth,
+              Precision::as_rows(logits_, keys, vectors, rounded_map_), grad_output_rows_,
               grad_value_ + key * value_ld_, value_ld_);
   }
 
@@ -240,19 +287,25 @@ class BackwardWorker {
 
   const BackwardProblem& p_;
   const int64_t value_dim_, head_ld_, value_ld_, chunk_, tile_keys_;
-  Operand<T> key_, teacher_key_, value_;
+  Keys key_, teacher_key_, value_;
   T *grad_key_, *grad_value_;
-  T *query_rows_, *grad_output_rows_, *rows_, *query_, *teacher_query_, *grad_output_, *grad_query_;
-  T *logits_, *teacher_logits_, *grad_probability_, *minus_origin_, *minus_teacher_lse_, *offset_,
-      *slope_;
+  Element* query_rows_;
+  T* grad_output_numbers_;
+  Element* grad_output_rows_;
+  T* rows_;
+  Element *panel_rows_, *query_, *teacher_query_, *grad_output_;
+  T *grad_query_, *logits_, *teacher_logits_, *grad_probability_;
+  Element *rounded_map_, *rounded_rows_, *rounded_columns_;
+  T *zeros_, *minus_origin_, *minus_teacher_lse_, *offset_, *slope_;
   Bias<T> bias_;
   Dropout<T> dropout_;
 };
 
-template <class Div, class T>
+template <class Div, class Precision>
 void backward_tasks(const BackwardProblem& problem, int64_t begin, int64_t end) {
+  using T = typename Precision::Number;
   const int64_t splits = problem.key_splits, keys = problem.key_length;
-  with_worker<BackwardWorker<Div, T>, T>(problem, [&](auto& worker) {
+  with_worker<BackwardWorker<Div, Precision>, T>(problem, [&](auto& worker) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t head = task / splits, split = task % splits;
       worker.key_range(head / problem.heads, head % problem.heads, split, keys * split / splits,
@@ -261,15 +314,28 @@ void backward_tasks(const BackwardProblem& problem, int64_t begin, int64_t end) 
   });
 }
 
-template <class T>
-void backward(const BackwardProblem& problem, int64_t begin, int64_t end) {
+template <class Precision>
+void backward_at(const BackwardProblem& problem, int64_t begin, int64_t end) {
   switch (problem.divergence) {
-    case cpu::Divergence::none: return backward_tasks<NoDivergence, T>(problem, begin, end);
-    case cpu::Divergence::reverse_kl: return backward_tasks<ReverseKL, T>(problem, begin, end);
-    case cpu::Divergence::forward_kl: return backward_tasks<ForwardKL, T>(problem, begin, end);
+    case cpu::Divergence::none: return backward_tasks<NoDivergence, Precision>(problem, begin, end);
+    case cpu::Divergence::reverse_kl:
+      return backward_tasks<ReverseKL, Precision>(problem, begin, end);
+    case cpu::Divergence::forward_kl:
+      return backward_tasks<ForwardKL, Precision>(problem, begin, end);
     case cpu::Divergence::js:
     case cpu::Divergence::mse: return;  // take two passes
   }
+}
+
+template <class T>
+void backward(const BackwardProblem& problem, int64_t begin, int64_t end) {
+#if defined(__AVX512BF16__)
+  const bool rounded_gradient = !problem.grad_output || problem.grad_output.dtype == DType::bf16;
+  if constexpr (sizeof(T) == sizeof(float))
+    if (all_bfloat16(problem) && rounded_gradient)
+      return backward_at<PairPrecision>(problem, begin, end);
+#endif
+  backward_at<FullPrecision<T>>(problem, begin, end);
 }
 
 }  // namespace attn_kd::ATTN_KD_ISA

@@ -54,12 +54,16 @@ class Bias {
   // Whether the rows of some keys must be cleared.
   static bool hides_keys(const Input& mask) { return mask && mask.row_stride == 0; }
 
-  // Zeroes the rows of keys that no query sees, whose contents, NaN from padding perhaps, must not
-  // reach a product, not even against a probability of 0.
+  // Whether a key of those just read is hidden from every query by a mask of keys alone. What it
+  // holds, NaN from padding perhaps, must then not reach a product, not even against a probability
+  // of 0.
+  bool hides(int64_t key) const { return mask_ && per_key_ && values_[key] == kMasked<T>; }
+
+  // Zeroes the rows of such keys.
   void clear_hidden(T* rows, int64_t keys, int64_t width) const {
     if (!mask_ || !per_key_) return;
     for (int64_t key = 0; key < keys; ++key)
-      if (values_[key] == kMasked<T>) fill(rows + key * width, width, T(0));
+      if (hides(key)) fill(rows + key * width, width, T(0));
   }
 
   // tile[key * kPanel + row] += bias; masked pairs become kMasked.

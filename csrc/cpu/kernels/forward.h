@@ -129,10 +129,10 @@ inline void sweep(T* logits, const T* teacher, int64_t keys, const RunningSums<T
 }
 
 // Query rows on their way through the keys, one SIMD lane a row.
-template <class T>
+template <class Precision>
 struct QueryPanel {
-  T* query;          // [D, kPanel], scaled to base-2 logits
-  T* teacher_query;  // [Dt, kPanel], likewise
+  using T = typename Precision::Number;
+  typename Precision::Element *query, *teacher_query;  // [D, kPanel], [Dt, kPanel], see Precision
   T* teacher_start;  // [kPanel], the negative LSEs of the teacher where they are given, else 0
   T* output;         // [Dv, kPanel], not yet divided by the sum of probabilities
   RunningSums<T> sums;
@@ -147,16 +147,19 @@ struct QueryPanel {
     int64_t count;  // 0 for a panel that the task does not use, which then takes no memory
   };
   QueryPanel(const ForwardProblem& p, Scratch<T>& scratch, Lanes lanes)
-      : query(scratch.take(lanes.count * p.head_dim)),
-        teacher_query(scratch.take(lanes.count * p.teacher_dim)),
+      : query(Precision::take(scratch, lanes.count * Precision::depth(p.head_dim))),
+        teacher_query(Precision::take(scratch, lanes.count * Precision::depth(p.teacher_dim))),
         teacher_start(scratch.take(lanes.count)),
         output(scratch.take(lanes.count * p.value_dim)),
         sums(scratch) {}
 };
 
 // One thread's forward work; its scratch does not depend on the sequence lengths.
-template <class Div, bool kTeacherLse, class T>
+template <class Div, bool kTeacherLse, class Precision>
 class ForwardWorker {
+  using T = typename Precision::Number;
+  using Keys = typename Precision::Keys;
+
  public:
   ForwardWorker(const ForwardProblem& problem, Scratch<T>& scratch)
       : p_(problem),
@@ -165,18 +168,23 @@ class ForwardWorker {
                 {problem, scratch, 2},
                 {problem, scratch, 3}},
         tile_keys_(min(kForwardKeys, problem.key_length)),
-        rows_(scratch.take(P * widest(problem))),
-        key_(problem.key, problem.head_dim, tile_keys_, Bias<T>::hides_keys(problem.mask), scratch),
+        rows_(scratch.take(P * problem.value_dim)),
+        query_rows_(Precision::take(scratch, P * widest(problem))),
+        zeros_(scratch.take(P)),
+        key_(problem.key, problem.head_dim, tile_keys_, hides_keys(), Keys::Use::rows, scratch),
         teacher_key_(problem.teacher_key, problem.teacher_dim, teacher_keys(tile_keys_),
-                     Bias<T>::hides_keys(problem.mask), scratch),
-        value_(problem.value, problem.value_dim, tile_keys_, Bias<T>::hides_keys(problem.mask),
+                     hides_keys(), Keys::Use::rows, scratch),
+        value_(problem.value, problem.value_dim, tile_keys_, hides_keys(), Keys::Use::columns,
                scratch),
         logits_(scratch.take(tile_keys_ * P)),
         teacher_logits_(scratch.take(Div::kTeacher ? teacher_keys(tile_keys_) * P : 0)),
+        rounded_rows_(Precision::take(scratch, rounded_elements())),
+        rounded_columns_(Precision::take(scratch, rounded_elements())),
         bias_(problem.mask, scratch, tile_keys_),
         dropout_(problem.dropout, scratch, tile_keys_) {}
 
   void rows(int64_t b, int64_t h, int64_t first_row) {
+    fill(zeros_, P, T(0));
     int64_t panels = 0;
     for (; panels < p_.panels_per_task && first_row < p_.query_length; ++panels, first_row += P)
       start(panels_[panels], b, h, first_row);
@@ -199,9 +207,13 @@ class ForwardWorker {
   static_assert(cpu::kMaxPanelsPerTask == 4, "panels_ is initialised by hand");
   static int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
   int64_t teacher_keys(int64_t keys) const { return keys * p_.teacher_keys_per_key; }
+  bool hides_keys() const { return Bias<T>::hides_keys(p_.mask); }
+  // Of a tile that is rounded: pairs of rows, so an even number of them.
+  int64_t rounded_elements() const {
+    return Precision::kFoldFactors ? 0 : round_up(tile_keys_, 2) * P / 2;
+  }
   static int64_t widest(const ForwardProblem& p) {
-    const int64_t widest = p.head_dim > p.value_dim ? p.head_dim : p.value_dim;
-    return widest > p.teacher_dim ? widest : p.teacher_dim;
+    return p.head_dim > p.teacher_dim ? p.head_dim : p.teacher_dim;
   }
 
   const T* given_teacher_lse(int64_t b, int64_t h, int64_t first_row) const {
@@ -209,15 +221,15 @@ class ForwardWorker {
            first_row;
   }
 
-  void start(QueryPanel<T>& panel, int64_t b, int64_t h, int64_t first_row) {
+  void start(QueryPanel<Precision>& panel, int64_t b, int64_t h, int64_t first_row) {
     const int64_t rows = min(p_.query_length - first_row, P);
     panel.first_row = first_row;
     panel.rows = rows;
-    transpose_to_panel(rows_of(p_.query, b, h, first_row, rows, p_.head_dim, rows_), rows,
-                       p_.head_dim, T(p_.scale * kLog2e), panel.query);
+    Precision::read_panel(p_.query, b, h, first_row, rows, p_.head_dim, p_.scale, query_rows_,
+                          panel.query);
     if constexpr (Div::kTeacher)
-      transpose_to_panel(rows_of(p_.teacher_query, b, h, first_row, rows, p_.teacher_dim, rows_),
-                         rows, p_.teacher_dim, T(p_.teacher_scale * kLog2e), panel.teacher_query);
+      Precision::read_panel(p_.teacher_query, b, h, first_row, rows, p_.teacher_dim,
+                            p_.teacher_scale, query_rows_, panel.teacher_query);
     fill(panel.output, P * p_.value_dim, T(0));
     panel.sums.reset(kTeacherLse);
     fill(panel.teacher_start, P, T(0));
@@ -228,25 +240,30 @@ class ForwardWorker {
     }
   }
 
-  void tile(QueryPanel<T>& panel, int64_t keys) {
+  void tile(QueryPanel<Precision>& panel, int64_t keys) {
     const int64_t vectors = panel.vectors();
     bias_.mark_seen(panel.sums.seen, keys, vectors);
-    bias_.clear_hidden(key_.copy(), keys, p_.head_dim);
-    bias_.clear_hidden(teacher_key_.copy(), keys, teacher_keys(1) * p_.teacher_dim);
-    bias_.clear_hidden(value_.copy(), keys, p_.value_dim);
-    gemm<false, Sum::alone, P>(keys, vectors, p_.head_dim, key_.from(0), panel.query, logits_);
-    bias_.add_to(logits_, keys, vectors);
+    key_.clear_hidden(bias_, 0, keys);
+    teacher_key_.clear_hidden(bias_, 0, keys, teacher_keys(1));
+    value_.clear_hidden(bias_, 0, keys);
+    logit_tile<Precision>(keys, 1, vectors, p_.head_dim, key_.rows(0), panel.query, p_.scale,
+                          zeros_, zeros_, bias_, logits_);
     if constexpr (Div::kTeacher)
-      teacher_logits(keys, p_.teacher_keys_per_key, vectors, p_.teacher_dim, teacher_key_.from(0),
-                     panel.teacher_query, panel.teacher_start, bias_, teacher_logits_);
+      logit_tile<Precision>(keys, teacher_keys(1), vectors, p_.teacher_dim, teacher_key_.rows(0),
+                            panel.teacher_query, p_.teacher_scale, panel.teacher_start, zeros_,
+                            bias_, teacher_logits_);
     for (int64_t lane = 0; lane < vectors * kLanes<T>; lane += kLanes<T>)
       sweep<Div, kTeacherLse>(logits_ + lane, teacher_logits_ + lane, keys, panel.sums, lane,
                               panel.output + lane, p_.value_dim);
     dropout_.apply(logits_, keys, vectors);
-    gemm<true, Sum::onto, P>(p_.value_dim, vectors, keys, value_.from(0), logits_, panel.output);
+    Precision::as_rows(logits_, keys, vectors, rounded_rows_);
+    gemm<true, Sum::onto, P>(
+        p_.value_dim, vectors, Precision::depth(keys), value_.columns(0),
+        Precision::as_columns(logits_, keys, vectors, rounded_rows_, rounded_columns_),
+        panel.output);
   }
 
-  void finish(const QueryPanel<T>& panel, int64_t b, int64_t h) {
+  void finish(const QueryPanel<Precision>& panel, int64_t b, int64_t h) {
     const int64_t at = (b * p_.heads + h) * p_.query_length + panel.first_row;
     const RunningSums<T>& sums = panel.sums;
     T factor[P];
@@ -292,20 +309,24 @@ class ForwardWorker {
   }
 
   const ForwardProblem& p_;
-  QueryPanel<T> panels_[cpu::kMaxPanelsPerTask];
+  QueryPanel<Precision> panels_[cpu::kMaxPanelsPerTask];
   const int64_t tile_keys_;
   T* rows_;
-  Operand<T> key_, teacher_key_, value_;
+  typename Precision::Element* query_rows_;
+  T* zeros_;
+  Keys key_, teacher_key_, value_;
   T *logits_, *teacher_logits_;
+  typename Precision::Element *rounded_rows_, *rounded_columns_;
   Bias<T> bias_;
   Dropout<T> dropout_;
 };
 
-template <class Div, bool kTeacherLse, class T>
+template <class Div, bool kTeacherLse, class Precision>
 void forward_tasks(const ForwardProblem& problem, int64_t begin, int64_t end) {
+  using T = typename Precision::Number;
   const int64_t rows = kPanel<T> * problem.panels_per_task;
   const int64_t tasks_per_head = (problem.query_length + rows - 1) / rows;
-  with_worker<ForwardWorker<Div, kTeacherLse, T>, T>(problem, [&](auto& worker) {
+  with_worker<ForwardWorker<Div, kTeacherLse, Precision>, T>(problem, [&](auto& worker) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t head = task / tasks_per_head;
       worker.rows(head / problem.heads, head % problem.heads, task % tasks_per_head * rows);
@@ -313,20 +334,30 @@ void forward_tasks(const ForwardProblem& problem, int64_t begin, int64_t end) {
   });
 }
 
-template <class T>
-void forward(const ForwardProblem& problem, int64_t begin, int64_t end) {
+template <class Precision>
+void forward_at(const ForwardProblem& problem, int64_t begin, int64_t end) {
   const bool given = problem.given_teacher_lse != nullptr;
   switch (problem.divergence) {
-    case cpu::Divergence::none: return forward_tasks<NoDivergence, true, T>(problem, begin, end);
+    case cpu::Divergence::none:
+      return forward_tasks<NoDivergence, true, Precision>(problem, begin, end);
     case cpu::Divergence::reverse_kl:
-      return given ? forward_tasks<ReverseKL, true, T>(problem, begin, end)
-                   : forward_tasks<ReverseKL, false, T>(problem, begin, end);
+      return given ? forward_tasks<ReverseKL, true, Precision>(problem, begin, end)
+                   : forward_tasks<ReverseKL, false, Precision>(problem, begin, end);
     case cpu::Divergence::forward_kl:
-      return given ? forward_tasks<ForwardKL, true, T>(problem, begin, end)
-                   : forward_tasks<ForwardKL, false, T>(problem, begin, end);
+      return given ? forward_tasks<ForwardKL, true, Precision>(problem, begin, end)
+                   : forward_tasks<ForwardKL, false, Precision>(problem, begin, end);
     case cpu::Divergence::js:
     case cpu::Divergence::mse: return;  // take two passes
   }
+}
+
+template <class T>
+void forward(const ForwardProblem& problem, int64_t begin, int64_t end) {
+#if defined(__AVX512BF16__)
+  if constexpr (sizeof(T) == sizeof(float))
+    if (all_bfloat16(problem)) return forward_at<PairPrecision>(problem, begin, end);
+#endif
+  forward_at<FullPrecision<T>>(problem, begin, end);
 }
 
 }  // namespace attn_kd::ATTN_KD_ISA

@@ -1,30 +1,27 @@
 // Tiles of base-2 logits, keys by queries, measured from an origin per query row.
 #pragma once
 
-#include "bias.h"
 #include "groups.h"
-#include "operand.h"
+#include "precision.h"
 
 namespace attn_kd::ATTN_KD_ISA {
 
-// tile = keys query_panel + start, and the mask's biases. With the negative origins of the rows as
-// `start`, differences of logits keep their digits however far a whole row's logits lie from 0.
-template <class T>
-inline void student_logits(int64_t keys, int64_t vectors, int64_t width, Left<T> left,
-                           const T* query_panel, const T* start, const Bias<T>& bias, T* tile) {
-  gemm<false, Sum::plus_row, kPanel<T>>(keys, vectors, width, left, query_panel, tile, kPanel<T>,
-                                        start);
-  bias.add_to(tile, keys, vectors);
-}
-
-// The same for the teacher, `group` of whose keys stand for one.
-template <class T>
-inline void teacher_logits(int64_t keys, int64_t group, int64_t vectors, int64_t width,
-                           Left<T> left, const T* query_panel, const T* start, const Bias<T>& bias,
-                           T* tile) {
-  if (group == 1) return student_logits(keys, vectors, width, left, query_panel, start, bias, tile);
-  gemm<false, Sum::alone, kPanel<T>>(keys * group, vectors, width, left, query_panel, tile);
-  merge_groups(tile, keys, group, vectors, start);
+// tile = scale * keys query_panel + row, and the mask's biases. With the negative origins of the
+// query rows as `row`, differences of logits keep their digits however far all logits of a row lie
+// from 0. Of the teacher, `group` keys stand for one.
+template <class Precision>
+inline void logit_tile(int64_t keys, int64_t group, int64_t vectors, int64_t width,
+                       Left<typename Precision::Element> left,
+                       const typename Precision::Element* query_panel, double scale,
+                       const typename Precision::Number* row,
+                       const typename Precision::Number* zeros,
+                       const Bias<typename Precision::Number>& bias,
+                       typename Precision::Number* tile) {
+  using T = typename Precision::Number;
+  const Epilogue<T> epilogue{group == 1 ? row : zeros, Precision::logit_factor(scale)};
+  gemm<false, Precision::kLogits, kPanel<T>>(keys * group, vectors, Precision::depth(width), left,
+                                             query_panel, tile, kPanel<T>, epilogue);
+  merge_groups(tile, keys, group, vectors, row);
   bias.add_to(tile, keys, vectors);
 }
 

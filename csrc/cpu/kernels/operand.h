@@ -1,8 +1,9 @@
 // The left operands of the matrix products: keys, teacher keys and values.
 #pragma once
 
+#include "bias.h"
 #include "gemm.h"
-#include "tile.h"
+#include "pairs.h"
 
 namespace attn_kd::ATTN_KD_ISA {
 
@@ -12,7 +13,10 @@ namespace attn_kd::ATTN_KD_ISA {
 template <class T>
 class Operand {
  public:
-  Operand(const Input& x, int64_t width, int64_t max_rows, bool changed, Scratch<T>& scratch)
+  // Of which way round a product will read the rows; both are the same here, see PairOperand.
+  enum class Use { rows, columns, both };
+
+  Operand(const Input& x, int64_t width, int64_t max_rows, bool changed, Use, Scratch<T>& scratch)
       : x_(x),
         width_(width),
         in_place_(!changed && x.dtype == kDType<T> && x.row_stride <= 2 * width),
@@ -24,12 +28,14 @@ class Operand {
     data_ = in_place_ ? static_cast<const T*>(x_.data) + x_.offset(b, h, first) : copy_;
   }
 
-  // From a row of those that were read on.
-  Left<T> from(int64_t first) const { return {data_ + first * ld_, ld_}; }
+  // Zeroes what a mask of keys alone hides, `group` rows a key.
+  void clear_hidden(const Bias<T>& bias, int64_t first_key, int64_t keys, int64_t group = 1) {
+    bias.clear_hidden(copy_ + first_key * group * width_, keys, group * width_);
+  }
 
-  // The copied rows, to be changed.
-  T* copy(int64_t first = 0) { return copy_ + first * width_; }
-  int64_t width() const { return width_; }
+  // A[rows, width], and A[width, rows], from a row of those that were read on.
+  Left<T> rows(int64_t first) const { return {data_ + first * ld_, ld_}; }
+  Left<T> columns(int64_t first) const { return rows(first); }
 
  private:
   const Input& x_;
@@ -39,5 +45,54 @@ class Operand {
   T* copy_;
   const T* data_ = nullptr;
 };
+
+#if defined(__AVX512BF16__)
+// The same of bfloat16 rows, broadcast two numbers at a time. Along a row they are pairs as they
+// lie; pairs along a column are made of two rows.
+class PairOperand {
+ public:
+  using Use = Operand<float>::Use;
+
+  PairOperand(const Input& x, int64_t width, int64_t max_rows, bool changed, Use use,
+              Scratch<float>& scratch)
+      : x_(x),
+        width_(width),
+        columns_used_(use != Use::rows),
+        in_place_(!changed && pairs_in_place(x, width)),
+        ld_(in_place_ ? x.row_stride / 2 : ceil_div(width, 2)),
+        copy_(take_pairs(scratch, in_place_ || use == Use::columns ? 0 : max_rows * ld_)),
+        columns_(take_pairs(scratch, columns_used_ ? ceil_div(max_rows, 2) * width : 0)) {}
+
+  void read(int64_t b, int64_t h, int64_t first, int64_t rows) {
+    const Rows<BFloat16> source = bfloat16_rows(x_, b, h, first);
+    if (copy_) copy_pairs(source, rows, width_, copy_, ld_);
+    data_ = copy_ ? copy_ : reinterpret_cast<const Pair*>(source.data);
+    if (columns_used_) interleave_rows(source, rows, width_, columns_, width_);
+  }
+
+  void clear_hidden(const Bias<float>& bias, int64_t first_key, int64_t keys, int64_t group = 1) {
+    for (int64_t i = 0; i < keys * group; ++i) {
+      if (!bias.hides(i / group)) continue;
+      const int64_t row = first_key * group + i;
+      for (int64_t j = 0; copy_ && j < ld_; ++j) copy_[row * ld_ + j].bits = 0;
+      const uint32_t other_row = row % 2 ? 0x0000ffffu : 0xffff0000u;
+      for (int64_t j = 0; columns_used_ && j < width_; ++j)
+        columns_[row / 2 * width_ + j].bits &= other_row;
+    }
+  }
+
+  // A[rows, width / 2], and A[width, rows / 2] from an even row on.
+  Left<Pair> rows(int64_t first) const { return {data_ + first * ld_, ld_}; }
+  Left<Pair> columns(int64_t first) const { return {columns_ + first / 2 * width_, width_}; }
+
+ private:
+  const Input& x_;
+  const int64_t width_;
+  const bool columns_used_, in_place_;
+  const int64_t ld_;
+  Pair *copy_, *columns_;
+  const Pair* data_ = nullptr;
+};
+#endif
 
 }  // namespace attn_kd::ATTN_KD_ISA

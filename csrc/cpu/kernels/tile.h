@@ -146,8 +146,9 @@ inline void transpose_stages(vec<T> (&block)[kLanes<T>]) {
 
 // A panel is the transpose of some rows: panel[column * kPanel + row], one row a SIMD lane. Lanes
 // from `rows` up to the next whole vector become 0, so that what they compute stays finite.
-template <class T>
-void transpose_to_panel(Rows<T> source, int64_t rows, int64_t width, T factor, T* panel) {
+// `finish` is applied to each number, or vector of numbers, on the way.
+template <class T, class Finish>
+void transpose_to_panel(Rows<T> source, int64_t rows, int64_t width, Finish finish, T* panel) {
   const T* src = source.data;
   const int64_t ld = source.ld;
   constexpr int64_t W = kLanes<T>;
@@ -158,7 +159,7 @@ void transpose_to_panel(Rows<T> source, int64_t rows, int64_t width, T factor, T
       vec<T> block[W];
 #pragma GCC unroll 16
       for (int64_t row = 0; row < W; ++row)
-        block[row] = row < block_rows ? load_unaligned(src + row * ld + column) * factor : vec<T>{};
+        block[row] = row < block_rows ? finish(load_unaligned(src + row * ld + column)) : vec<T>{};
       transpose_stages<1, T>(block);
 #pragma GCC unroll 16
       for (int64_t row = 0; row < W; ++row)
@@ -166,8 +167,13 @@ void transpose_to_panel(Rows<T> source, int64_t rows, int64_t width, T factor, T
     }
     for (; column < width; ++column)
       for (int64_t row = 0; row < W; ++row)
-        panel[column * kPanel<T> + row] = row < block_rows ? factor * src[row * ld + column] : T(0);
+        panel[column * kPanel<T> + row] = row < block_rows ? finish(src[row * ld + column]) : T(0);
   }
+}
+
+template <class T>
+void transpose_to_panel(Rows<T> source, int64_t rows, int64_t width, T factor, T* panel) {
+  transpose_to_panel(source, rows, width, [factor](auto x) { return x * factor; }, panel);
 }
 
 // dst[row * ld + column] = factor[row] * panel[column * kPanel + row]; whole vectors of columns are

@@ -1,0 +1,95 @@
+// What the products of a pass are computed from. Tiles of logits, probabilities and their gradients
+// are float or double in either case; a precision says how operands of a product are stored, and
+// turns a tile into one.
+#pragma once
+
+#include "operand.h"
+
+namespace attn_kd::ATTN_KD_ISA {
+
+// Operands of the type of the tiles.
+template <class T>
+struct FullPrecision {
+  using Number = T;   // of tiles
+  using Element = T;  // of operands
+  using Keys = Operand<T>;
+  // Whether the scale of the logits goes into the panel of queries, where it costs nothing, and the
+  // inverse sum of a row into whatever its probabilities are multiplied by. (Numbers that must be
+  // rounded to be operands are better left alone.)
+  static constexpr bool kFoldFactors = true;
+  static constexpr Sum kLogits = Sum::plus_row;
+
+  // Elements that hold `numbers` along the depth of a product.
+  static int64_t depth(int64_t numbers) { return numbers; }
+
+  static T* take(Scratch<T>& scratch, int64_t elements) { return scratch.take(elements); }
+  // Memory for operands that may lie where `numbers` do.
+  static T* take_beside(T* numbers, Scratch<T>&, int64_t) { return numbers; }
+
+  // The rows of x as B[rows, width].
+  static void read_rows(const Input& x, int64_t b, int64_t h, int64_t first, int64_t rows,
+                        int64_t width, T* dst, int64_t ld) {
+    load_rows(x, b, h, first, rows, width, dst, ld);
+  }
+
+  // The panel of the rows of x, one a lane.
+  static void read_panel(const Input& x, int64_t b, int64_t h, int64_t first, int64_t rows,
+                         int64_t width, double scale, T* copy, T* panel) {
+    transpose_to_panel(rows_of(x, b, h, first, rows, width, copy), rows, width, T(scale * kLog2e),
+                       panel);
+  }
+  static T logit_factor(double) { return 1; }
+
+  // A tile [keys, kPanel] as B[keys, lanes] and as A[keys, lanes].
+  static const T* as_columns(const T* tile, int64_t, int64_t, T*, T*) { return tile; }
+  static Left<T> as_rows(const T* tile, int64_t, int64_t, T*) { return {tile, kPanel<T>}; }
+};
+
+// Whether every operand of the products is stored as bfloat16.
+inline bool all_bfloat16(const cpu::Problem& p) {
+  const auto is = [](const Input& x) { return !x || x.dtype == DType::bf16; };
+  return is(p.query) && is(p.key) && is(p.value) && is(p.teacher_query) && is(p.teacher_key);
+}
+
+#if defined(__AVX512BF16__)
+// bfloat16 operands as they are, and tiles rounded to bfloat16; sums and softmax in float.
+struct PairPrecision {
+  using Number = float;
+  using Element = Pair;
+  using Keys = PairOperand;
+  static constexpr bool kFoldFactors = false;
+  static constexpr Sum kLogits = Sum::scaled_plus_row;
+
+  static int64_t depth(int64_t numbers) { return ceil_div(numbers, 2); }
+
+  static Pair* take(Scratch<float>& scratch, int64_t elements) {
+    return take_pairs(scratch, elements);
+  }
+  static Pair* take_beside(float*, Scratch<float>& scratch, int64_t elements) {
+    return take_pairs(scratch, elements);
+  }
+
+  static void read_rows(const Input& x, int64_t b, int64_t h, int64_t first, int64_t rows,
+                        int64_t width, Pair* dst, int64_t ld) {
+    interleave_rows(bfloat16_rows(x, b, h, first), rows, width, dst, ld);
+  }
+
+  static void read_panel(const Input& x, int64_t b, int64_t h, int64_t first, int64_t rows,
+                         int64_t width, double, Pair* copy, Pair* panel) {
+    transpose_pairs_to_panel(bfloat16_rows(x, b, h, first), rows, width, copy, panel);
+  }
+  static float logit_factor(double scale) { return static_cast<float>(scale * kLog2e); }
+
+  static const Pair* as_columns(const float*, int64_t keys, int64_t vectors, const Pair* rows,
+                                Pair* columns) {
+    rows_to_columns(rows, keys, vectors, columns);
+    return columns;
+  }
+  static Left<Pair> as_rows(const float* tile, int64_t keys, int64_t vectors, Pair* rows) {
+    round_to_rows(tile, keys, vectors, rows);
+    return {rows, kPanel<float> / 2};
+  }
+};
+#endif
+
+}  // namespace attn_kd::ATTN_KD_ISA
