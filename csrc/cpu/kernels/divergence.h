@@ -13,6 +13,9 @@
 // D = sum phi(a, b) over the keys. `value` is phi and `slope` dphi/da (up to a constant, which the
 // gradient does not see), both in natural units:
 //   dD/ds_j = a_j (slope_j - sum_k a_k slope_k)
+// `renormalised` is D of the maps that a and b would be were their sums over the row, student_sum
+// and teacher_sum, off by no rounding: D moves with these sums where it would not move with the
+// roundings of single probabilities, which cancel.
 #pragma once
 
 #include "bias.h"
@@ -32,6 +35,15 @@ template <class T>
 inline vec<T> log_ratio(vec<T> a, vec<T> b) {
   return T(kLn2) * log2<T>(above_zero<T>(a) / above_zero<T>(b));
 }
+
+// What the probabilities of a row sum to, and what they would without roundings.
+struct MapSums {
+  double student, teacher;
+  double exact_student, exact_teacher;
+
+  double student_factor() const { return student > 0 ? exact_student / student : 1; }
+  double teacher_factor() const { return teacher > 0 ? exact_teacher / teacher : 1; }
+};
 
 struct NoDivergence {
   static constexpr bool kTeacher = false;
@@ -81,6 +93,10 @@ struct ReverseKL {
   static vec<T> slope(vec<T> a, vec<T> b) {
     return log_ratio<T>(a, b);
   }
+  static double renormalised(double sum, const MapSums& sums) {
+    return sums.student_factor() *
+           (sum + sums.student * __builtin_log(sums.student_factor() / sums.teacher_factor()));
+  }
 };
 
 // KL(teacher || student) = sum b log(b / a); dD/ds = a - b
@@ -124,6 +140,10 @@ struct ForwardKL {
   static vec<T> slope(vec<T> a, vec<T> b) {
     return -b / above_zero<T>(a);
   }
+  static double renormalised(double sum, const MapSums& sums) {
+    return sums.teacher_factor() *
+           (sum + sums.teacher * __builtin_log(sums.teacher_factor() / sums.student_factor()));
+  }
 };
 
 // Jensen-Shannon: 1/2 KL(a || m) + 1/2 KL(b || m) with m = (a + b) / 2
@@ -136,6 +156,7 @@ struct JensenShannon {
   static vec<T> slope(vec<T> a, vec<T> b) {
     return T(0.5) * log_of_mean_share<T>(a, b);
   }
+  static double renormalised(double sum, const MapSums&) { return sum; }
 
  private:
   // log(x / ((x + y) / 2))
@@ -155,6 +176,7 @@ struct MeanSquaredError {
   static vec<T> slope(vec<T> a, vec<T> b) {
     return T(2) * (a - b);
   }
+  static double renormalised(double sum, const MapSums&) { return sum; }
 };
 
 }  // namespace attn_kd::ATTN_KD_ISA

@@ -6,8 +6,7 @@
 #pragma once
 
 #include "exp2.h"
-#include "gemm.h"
-#include "groups.h"
+#include "logits.h"
 
 namespace attn_kd::ATTN_KD_ISA {
 
@@ -24,11 +23,11 @@ struct KnownRows {
   const void* teacher_lse;  // [B, Ht, Lq]
 };
 
-// p = 2^(s - origin) in place, and average += weight * p.
+// p = 2^logit in place, and average += weight * p.
 template <class T>
-inline void add_map(T* logits, T* average, int64_t keys, vec<T> origin, vec<T> weight) {
+inline void add_map(T* logits, T* average, int64_t keys, vec<T> weight) {
   for (int64_t at = 0; at < keys * kPanel<T>; at += kPanel<T>) {
-    const vec<T> p = exp2<T>(load(logits + at) - origin);
+    const vec<T> p = exp2<T>(load(logits + at));
     store<T>(logits + at, p);
     store<T>(average + at, load(average + at) + weight * p);
   }
@@ -47,14 +46,18 @@ class GroupMaps {
         query_(scratch.take(heads_ * P * problem.head_dim)),
         key_(scratch.take(heads_ * key_elements())),
         probability_(scratch.take(heads_ * tile_elements())),
-        origin_(scratch.take(heads_ * P)),
+        start_(scratch.take(heads_ * P)),
         weight_(scratch.take(heads_ * P)),
+        seeing_(scratch.take(P)),
         teacher_query_(scratch.take(teacher_heads_ * P * problem.teacher_dim)),
         teacher_key_(scratch.take(teacher_keys(tile_keys_) * problem.teacher_dim)),
         teacher_logits_(scratch.take(teacher_keys(tile_keys_) * P)),
-        teacher_origin_(scratch.take(teacher_heads_ * P)),
+        teacher_start_(scratch.take(teacher_heads_ * P)),
+        teacher_weight_(scratch.take(teacher_heads_ * P)),
+        teacher_seeing_(scratch.take(P)),
         student_(scratch.take(tile_elements())),
         teacher_(scratch.take(tile_elements())),
+        zeros_(scratch.take(P)),
         bias_(problem.mask, scratch, tile_keys_) {}
 
   int64_t heads() const { return heads_; }
@@ -67,6 +70,9 @@ class GroupMaps {
     first_head_ = first_head;
     first_row_ = first_row;
     row_count_ = rows;
+    fill(zeros_, P, T(0));
+    fill(seeing_, P, T(0));
+    fill(teacher_seeing_, P, T(0));
     for (int64_t i = 0; i < heads_; ++i) start_student(i);
     for (int64_t i = 0; i < teacher_heads_; ++i) start_teacher(i);
   }
@@ -101,6 +107,10 @@ class GroupMaps {
   T* probability(int64_t head) { return probability_ + head * tile_elements(); }
   T* key(int64_t head) { return key_ + head * key_elements(); }
 
+  // What a row of the averages sums to but for roundings: the share of heads that see any key.
+  double share(int64_t row) const { return share_of(seeing_[row], heads_); }
+  double teacher_share(int64_t row) const { return share_of(teacher_seeing_[row], teacher_heads_); }
+
   // Zeroes those of the tile's rows of `width` whose keys the mask hides from every query.
   void clear_hidden(int64_t head, T* rows, int64_t first_key, int64_t keys, int64_t width) {
     if (p_.mask.row_stride != 0) return;
@@ -111,6 +121,9 @@ class GroupMaps {
  private:
   static constexpr int64_t P = kPanel<T>;
   static int64_t wider(int64_t a, int64_t b) { return a > b ? a : b; }
+  static double share_of(T seeing, int64_t heads) {
+    return static_cast<double>(seeing) / static_cast<double>(heads);
+  }
   int64_t tile_elements() const { return tile_keys_ * P; }
   int64_t key_elements() const { return tile_keys_ * p_.head_dim; }
   int64_t teacher_keys(int64_t keys) const { return keys * p_.teacher_keys_per_key; }
@@ -126,19 +139,20 @@ class GroupMaps {
     return static_cast<const T*>(values) + (b_ * heads + head) * p_.query_length + first_row_;
   }
 
-  // Lanes without a row, and rows that see no key, get an infinite origin, so that their
+  // The logits of lanes without a row, and of rows that see no key, start at -inf, so that their
   // probabilities are exactly 0.
   void start_student(int64_t i) {
-    T* origin = origin_ + i * P;
+    T* start = start_ + i * P;
     T* weight = weight_ + i * P;
-    fill(origin, P, static_cast<T>(__builtin_inf()));
+    fill(start, P, static_cast<T>(-__builtin_inf()));
     fill(weight, P, T(0));
-    const T* known_origin = row_values(known_.origin, p_.heads, first_head_ + i);
+    const T* origin = row_values(known_.origin, p_.heads, first_head_ + i);
     const T* inverse_sum = row_values(known_.inverse_sum, p_.heads, first_head_ + i);
     for (int64_t row = 0; row < row_count_; ++row) {
       if (inverse_sum[row] == 0) continue;
-      origin[row] = known_origin[row];
+      start[row] = -origin[row];
       weight[row] = inverse_sum[row] / static_cast<T>(heads_);
+      seeing_[row] += 1;
     }
     load_rows(p_.query, b_, first_head_ + i, first_row_, row_count_, p_.head_dim, rows_,
               p_.head_dim);
@@ -146,15 +160,23 @@ class GroupMaps {
                        query_ + i * P * p_.head_dim);
   }
 
+  // The base-2 LSE is rounded to where the logits start; the weight makes up for what that drops.
   void start_teacher(int64_t i) {
-    T* origin = teacher_origin_ + i * P;
-    fill(origin, P, static_cast<T>(__builtin_inf()));
+    T* start = teacher_start_ + i * P;
+    T* weight = teacher_weight_ + i * P;
+    fill(start, P, static_cast<T>(-__builtin_inf()));
+    fill(weight, P, T(0));
     const int64_t seen_by = teacher_heads_ == heads_ ? first_head_ + i : first_head_;
     const T* inverse_sum = row_values(known_.inverse_sum, p_.heads, seen_by);
     const T* lse = row_values(known_.teacher_lse, p_.teacher_heads, first_head_ + i);
-    for (int64_t row = 0; row < row_count_; ++row)
-      if (inverse_sum[row] != 0)
-        origin[row] = T(kLog2e) * lse[row] - static_cast<T>(p_.group_shift());
+    for (int64_t row = 0; row < row_count_; ++row) {
+      if (inverse_sum[row] == 0) continue;
+      const double exact = p_.group_shift() - kLog2e * static_cast<double>(lse[row]);
+      start[row] = static_cast<T>(exact);
+      const double dropped = exact - static_cast<double>(start[row]);
+      weight[row] = static_cast<T>((1 + kLn2 * dropped) / static_cast<double>(teacher_heads_));
+      teacher_seeing_[row] += 1;
+    }
     load_rows(p_.teacher_query, b_, first_head_ + i, first_row_, row_count_, p_.teacher_dim, rows_,
               p_.teacher_dim);
     transpose_to_panel(Rows<T>{rows_, p_.teacher_dim}, row_count_, p_.teacher_dim,
@@ -166,12 +188,11 @@ class GroupMaps {
     T* logits = probability(i);
     load_rows(p_.key, b_, first_head_ + i, first_key, keys, p_.head_dim, k, p_.head_dim);
     bias_.clear_hidden(k, keys, p_.head_dim);
-    gemm<false, Sum::alone, P>(keys, vectors(), p_.head_dim, Left<T>{k, p_.head_dim},
-                               query_ + i * P * p_.head_dim, logits);
-    bias_.add_to(logits, keys, vectors());
+    logit_tile<FullPrecision<T>>(keys, 1, vectors(), p_.head_dim, {k, p_.head_dim},
+                                 query_ + i * P * p_.head_dim, p_.scale, start_ + i * P, zeros_,
+                                 bias_, logits);
     for (int64_t lane = 0; lane < vectors() * kLanes<T>; lane += kLanes<T>)
-      add_map<T>(logits + lane, student_ + lane, keys, load(origin_ + i * P + lane),
-                 load(weight_ + i * P + lane));
+      add_map<T>(logits + lane, student_ + lane, keys, load(weight_ + i * P + lane));
   }
 
   void add_teacher(int64_t i, int64_t first_key, int64_t keys) {
@@ -179,14 +200,12 @@ class GroupMaps {
     load_rows(p_.teacher_key, b_, first_head_ + i, first_key * group, keys * group, dim,
               teacher_key_, dim);
     bias_.clear_hidden(teacher_key_, keys, group * dim);
-    gemm<false, Sum::alone, P>(keys * group, vectors(), dim, Left<T>{teacher_key_, dim},
-                               teacher_query_ + i * P * dim, teacher_logits_);
-    merge_groups(teacher_logits_, keys, group, vectors());
-    bias_.add_to(teacher_logits_, keys, vectors());
-    const vec<T> weight = broadcast(1 / static_cast<T>(teacher_heads_));
+    logit_tile<FullPrecision<T>>(keys, group, vectors(), dim, {teacher_key_, dim},
+                                 teacher_query_ + i * P * dim, p_.teacher_scale,
+                                 teacher_start_ + i * P, zeros_, bias_, teacher_logits_);
     for (int64_t lane = 0; lane < vectors() * kLanes<T>; lane += kLanes<T>)
       add_map<T>(teacher_logits_ + lane, teacher_ + lane, keys,
-                 load(teacher_origin_ + i * P + lane), weight);
+                 load(teacher_weight_ + i * P + lane));
   }
 
   const Problem& p_;
@@ -194,9 +213,10 @@ class GroupMaps {
   const int64_t heads_, teacher_heads_, tile_keys_;
   int64_t b_ = 0, first_head_ = 0, first_row_ = 0, row_count_ = 0;
   bool visible_ = true;
-  T *rows_, *query_, *key_, *probability_, *origin_, *weight_;
-  T *teacher_query_, *teacher_key_, *teacher_logits_, *teacher_origin_;
-  T *student_, *teacher_;
+  T *rows_, *query_, *key_, *probability_, *start_, *weight_, *seeing_;
+  T *teacher_query_, *teacher_key_, *teacher_logits_;
+  T *teacher_start_, *teacher_weight_, *teacher_seeing_;
+  T *student_, *teacher_, *zeros_;
   Bias<T> bias_;
 };
 

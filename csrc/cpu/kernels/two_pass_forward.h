@@ -12,17 +12,34 @@ namespace attn_kd::ATTN_KD_ISA {
 
 using cpu::ForwardProblem;
 
-// Adds one vector of lanes' phi(a, b) to `divergence`, from zero per tile so that rounding errors
-// do not grow with the number of keys. The slopes take the place of a.
+// The sums of a panel's rows, in double: over many keys a float would drop what `renormalised` is
+// there to keep.
+struct GroupSums {
+  double divergence[kPanel<float>], student[kPanel<float>], teacher[kPanel<float>];
+};
+
+// Adds a tile's sums of one vector of lanes.
+template <class T>
+inline void add_lanes(double* sums, vec<T> of_tile) {
+  alignas(kVectorBytes) T lanes[kLanes<T>];
+  store<T>(lanes, of_tile);
+  for (int lane = 0; lane < kLanes<T>; ++lane) sums[lane] += static_cast<double>(lanes[lane]);
+}
+
+// Adds one vector of lanes' phi(a, b), a and b to the sums. The slopes take the place of a.
 template <class Div, class T>
-void value_sweep(T* student, const T* teacher, int64_t keys, T* divergence) {
-  vec<T> sum{};
+void value_sweep(T* student, const T* teacher, int64_t keys, GroupSums& sums, int64_t lane) {
+  vec<T> divergence{}, student_sum{}, teacher_sum{};
   for (int64_t at = 0; at < keys * kPanel<T>; at += kPanel<T>) {
     const vec<T> a = load(student + at), b = load(teacher + at);
-    sum += Div::template value<T>(a, b);
+    student_sum += a;
+    teacher_sum += b;
+    divergence += Div::template value<T>(a, b);
     store<T>(student + at, Div::template slope<T>(a, b));
   }
-  store<T>(divergence, load(divergence) + sum);
+  add_lanes<T>(sums.divergence + lane, divergence);
+  add_lanes<T>(sums.student + lane, student_sum);
+  add_lanes<T>(sums.teacher + lane, teacher_sum);
 }
 
 // Adds one vector of lanes' p * slope to `correction`.
@@ -40,13 +57,12 @@ class TwoPassForwardWorker {
   TwoPassForwardWorker(const ForwardProblem& problem, Scratch<T>& scratch)
       : p_(problem),
         maps_(problem, {problem.origin, problem.inverse_sum, teacher_lse(problem)}, scratch),
-        divergence_(scratch.take(P)),
         correction_(scratch.take(maps_.heads() * P)) {}
 
   void rows(int64_t b, int64_t first_head, int64_t first_row) {
     const int64_t rows = min(p_.query_length - first_row, P);
     maps_.start(b, first_head, first_row, rows);
-    fill(divergence_, P, T(0));
+    sums_ = {};
     fill(correction_, maps_.heads() * P, T(0));
     for (int64_t first = 0; first < p_.key_length; first += maps_.tile_keys()) {
       const int64_t keys = min(p_.key_length - first, maps_.tile_keys());
@@ -64,7 +80,7 @@ class TwoPassForwardWorker {
 
   void add(int64_t keys) {
     for (int64_t lane = 0; lane < maps_.vectors() * kLanes<T>; lane += kLanes<T>) {
-      value_sweep<Div, T>(maps_.student() + lane, maps_.teacher() + lane, keys, divergence_ + lane);
+      value_sweep<Div, T>(maps_.student() + lane, maps_.teacher() + lane, keys, sums_, lane);
       for (int64_t i = 0; i < maps_.heads(); ++i)
         correction_sweep<T>(maps_.probability(i) + lane, maps_.student() + lane, keys,
                             correction_ + i * P + lane);
@@ -74,7 +90,8 @@ class TwoPassForwardWorker {
   void finish(int64_t b, int64_t first_head, int64_t first_row, int64_t rows) {
     const int64_t groups = p_.heads / maps_.heads(), group = first_head / maps_.heads();
     T* kl = static_cast<T*>(p_.kl) + (b * groups + group) * p_.query_length + first_row;
-    for (int64_t row = 0; row < rows; ++row) kl[row] = divergence_[row];
+    for (int64_t row = 0; row < rows; ++row)
+      kl[row] = static_cast<T>(Div::renormalised(sums_.divergence[row], map_sums(row)));
     for (int64_t i = 0; i < maps_.heads(); ++i) {
       const int64_t at = (b * p_.heads + first_head + i) * p_.query_length + first_row;
       const T* inverse_sum = static_cast<const T*>(p_.inverse_sum) + at;
@@ -84,9 +101,19 @@ class TwoPassForwardWorker {
     }
   }
 
+  // A given LSE is the caller's definition of the teacher's map, whatever that sums to.
+  MapSums map_sums(int64_t row) const {
+    const double teacher = sums_.teacher[row];
+    return {.student = sums_.student[row],
+            .teacher = teacher,
+            .exact_student = maps_.share(row),
+            .exact_teacher = p_.given_teacher_lse ? teacher : maps_.teacher_share(row)};
+  }
+
   const ForwardProblem& p_;
   GroupMaps<T> maps_;
-  T *divergence_, *correction_;
+  GroupSums sums_;
+  T* correction_;
 };
 
 template <class Div, class T>
