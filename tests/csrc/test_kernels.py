@@ -142,7 +142,7 @@ def test_averaged_maps_around_the_chunks(count):
 
 @every_divergence
 @every_reduction
-@pytest.mark.parametrize("G", [2, 3])
+@pytest.mark.parametrize("G", [2, 3, 16])
 @pytest.mark.parametrize("Lk", [1, 50, 97, 130], ids=lambda n: f"{n} keys")
 def test_grouped_teacher_keys_around_the_tiles(Lk, G, head_reduction, divergence):
     sizes = Sizes(B=1, H=2, Lq=35, Lk=Lk, G=G)
