@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 
 from attn_kd.ops import extension
-from tests.ops.conftest import threads  # noqa: F401  (a fixture)
+from tests.ops.conftest import exact_products, threads  # noqa: F401  (fixtures)
 
 INSTRUCTION_SETS = extension.module.supported_instruction_sets() if extension.module else []
 

@@ -35,6 +35,7 @@ def test_keys_split_between_threads(Lk, threads, dtype, divergence):
 @every_divergence
 @pytest.mark.parametrize("threads", [2], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
+@pytest.mark.usefixtures("exact_products")
 def test_split_sums_are_rounded_once(threads, dtype, divergence):
     sizes = Sizes(B=1, H=1, Lq=40, Lk=400)
     inputs = random_inputs(sizes, dtype)

@@ -32,10 +32,17 @@ def attend(value: Tensor) -> Tensor:
     return attn_kd.attention(zeros[:, :, :1], zeros, value, backend="cpu").output
 
 
+def as_multiplied(value: Tensor, instruction_set: str) -> Tensor:
+    """The numbers that products see: dot-product instructions take subnormal bfloat16 as 0."""
+    if instruction_set != "avx512_bf16" or value.dtype != torch.bfloat16:
+        return value
+    return torch.where(value.abs() < torch.finfo(value.dtype).smallest_normal, 0, value)
+
+
 @every_dtype
-def test_every_number_survives(dtype):
+def test_every_number_survives(dtype, instruction_set):
     value = every_number(dtype)
-    output = attend(value)
+    output, value = attend(value), as_multiplied(value, instruction_set)
     finite = value.isfinite()
     assert torch.equal(output[finite], value[finite])
     assert torch.equal(output.isnan(), value.isnan())
@@ -44,9 +51,9 @@ def test_every_number_survives(dtype):
 
 @every_dtype
 @pytest.mark.parametrize("other", ["next", "shuffled"])
-def test_means_are_rounded_to_nearest_even(dtype, other):
+def test_means_are_rounded_to_nearest_even(dtype, other, instruction_set):
     """Neighbours' means are ties; shuffled numbers' means are anything, overflow included."""
-    first = every_number(dtype)
+    first = as_multiplied(every_number(dtype), instruction_set)
     order = torch.arange(2**16).roll(1) if other == "next" else torch.randperm(2**16)
     second = first.flatten()[order].view(first.shape)
     finite = first.isfinite() & second.isfinite()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import attn_kd
-from attn_kd.ops import reference
+from attn_kd.ops import extension, reference
 
 
 def require_backend(name: str) -> str:
@@ -28,6 +28,22 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture
 def cpu_backend() -> str:
     return require_backend("cpu")
+
+
+@pytest.fixture
+def exact_products() -> Iterator[None]:
+    """Kernels that multiply bfloat16 numbers in float32, not by dot-product instructions.
+
+    Those round probabilities and gradients of logits to bfloat16 on the way into a product, as
+    eager bfloat16 code does; without them, 16-bit inputs cost the rounding of the results alone.
+    """
+    module = extension.module
+    dot_products = module is not None and module.instruction_set() == "avx512_bf16"
+    if dot_products:
+        module.set_instruction_set("avx512")
+    yield
+    if dot_products:
+        module.set_instruction_set("avx512_bf16")
 
 
 @pytest.fixture(autouse=True)
