@@ -33,7 +33,7 @@ def attend(value: Tensor) -> Tensor:
 
 
 def as_multiplied(value: Tensor, instruction_set: str) -> Tensor:
-    """The numbers that products see and give: dot-product instructions know no subnormals."""
+    """The numbers that products see: dot-product instructions know no subnormals."""
     if instruction_set != "avx512_bf16" or value.dtype != torch.bfloat16:
         return value
     return torch.where(value.abs() < torch.finfo(value.dtype).smallest_normal, 0, value)
@@ -58,7 +58,10 @@ def test_means_are_rounded_to_nearest_even(dtype, other, instruction_set):
     second = first.flatten()[order].view(first.shape)
     finite = first.isfinite() & second.isfinite()
     value = torch.cat([first, second], dim=2)
-    expected = as_multiplied((first.float() + second.float()).mul(0.5).to(dtype), instruction_set)
+    total = first.float() + second.float()
+    if instruction_set == "avx512_bf16" and dtype == torch.bfloat16:
+        total[total.abs() < torch.finfo(dtype).smallest_normal] = 0
+    expected = total.mul(0.5).to(dtype)
     actual = attend(torch.where(finite, value, 0))
     # -0 and 0 are equal, and sums of float32 may lose the sign of a zero
     assert torch.equal(actual[finite], expected[finite])
