@@ -43,7 +43,8 @@ def run(operands: tuple, options: tuple, backend: str | None) -> Results:
         results = extension.module.attention_kl(*operands, dropout_seed, *options)
         if results is not NotImplemented:
             return results
-    return _run_checked(Operands(*operands, dropout_seed), Options(*options), backend)
+    named = Operands(*operands)._replace(dropout_seed=dropout_seed)
+    return _run_checked(named, Options(*options), backend)
 
 
 def _draw_seed(query: Tensor, dropout_p: float) -> Tensor:

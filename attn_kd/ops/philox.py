@@ -28,7 +28,7 @@ def draw_seed(device: torch.device) -> Tensor:
 def keep_mask(
     dropout_seed: Tensor,  # [2] int64
     dropout_p: float,
-    shape: tuple[int, int, int, int],  # B, H, query rows, Lk
+    shape: tuple[int, ...],  # B, H, query rows, Lk
     first_row: int = 0,
 ) -> Tensor:
     """Return bool [B, H, rows, Lk] of query rows from first_row on: what dropout keeps.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,11 +64,15 @@ def attention_kl_reference(operands: Operands, options: Options) -> tuple[Tensor
 def _widened(operands: Operands) -> Operands:
     """The operands in the accumulation type, the mask in four dimensions."""
     wide = torch.promote_types(operands.query.dtype, torch.float32)
-    mask, seed = operands.attn_mask, operands.dropout_seed
+    mask = operands.attn_mask
+    widened = {
+        name: tensor.to(wide)
+        for name, tensor in operands._asdict().items()
+        if tensor is not None and name not in ("attn_mask", "dropout_seed")
+    }
     if mask is not None:
-        mask = mask[(None,) * (4 - mask.dim())]
-    tensors = (None if tensor is None else tensor.to(wide) for tensor in operands[:6])
-    return Operands(*tensors, attn_mask=mask, dropout_seed=seed)
+        widened["attn_mask"] = mask[(None,) * (4 - mask.dim())]
+    return operands._replace(**widened)
 
 
 def _teacher_heads(operands: Operands) -> int:
@@ -113,7 +118,7 @@ def _sliced(tensor: Tensor | None, start: int, stop: int) -> Tensor | None:
 
 
 def _attention_kl_rows(
-    options: Options, first_row: int, *tensors: Tensor | None
+    options: Options, first_row: int, *tensors: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     operands = Operands(*tensors)
     query, key, value, *_, dropout_seed = operands

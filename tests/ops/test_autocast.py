@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import attn_kd
+from attn_kd.ops.arguments import Operands, Options
 from tests.ops.cases import (
     Inputs,
     Sizes,
@@ -76,3 +77,27 @@ def test_dtypes_that_autocast_makes_one(backend):
         actual = attn_kd.attention_kl(*mixed, backend=backend)
         expected = attn_kd.attention_kl(*inputs, backend=backend)
     assert torch.equal(actual.output, expected.output)
+
+
+@low_precision
+def test_of_the_operator_itself(cpu_backend, dtype):
+    """torch.ops.attn_kd casts as the public functions do."""
+    inputs = random_inputs(Sizes())
+    with torch.autocast("cpu", dtype):
+        results = torch.ops.attn_kd.attention_kl_forward(*Operands(*inputs), *Options())
+        expected = attn_kd.attention_kl(*inputs, backend=cpu_backend)
+    assert results[0].dtype == dtype
+    for actual, wanted in zip(results[:3], expected, strict=True):
+        assert torch.equal(actual, wanted)
+
+
+def test_the_python_function_casts_nothing(cpu_backend):
+    inputs, cotangents = random_inputs(Sizes()), random_cotangents(Sizes())
+
+    def function(*tensors: Tensor) -> tuple[Tensor, ...]:
+        with torch.autocast("cpu", torch.bfloat16):
+            return attn_kd.FusedAttentionKL.apply(*Operands(*tensors), *Options())[:3]
+
+    expected = run_backend(cpu_backend, inputs, cotangents)
+    for name, actual in run(function, inputs, cotangents).items():
+        assert torch.equal(actual, expected[name]), name

@@ -32,9 +32,14 @@ def operator(backend: str, **options) -> Callable:
     return function
 
 
-def check(function: Callable, compiled: Callable, sizes: Sizes) -> None:
-    inputs, cotangents = random_inputs(sizes), random_cotangents(sizes)
+def check(
+    function: Callable, compiled: Callable, sizes: Sizes, head_reduction: str = "none"
+) -> None:
+    inputs = random_inputs(sizes)
+    cotangents = random_cotangents(sizes, head_reduction=head_reduction)
+    torch.manual_seed(3)
     expected = run(function, inputs, cotangents)
+    torch.manual_seed(3)
     actual = run(compiled, inputs, cotangents)
     for name in expected:
         torch.testing.assert_close(actual[name], expected[name])
@@ -47,6 +52,35 @@ def test_whole_graph(backend, divergence, masked):
     mask = (torch.rand(sizes.Lq, sizes.Lk) > 0.3) if masked else None
     function = operator(backend, divergence=divergence, attn_mask=mask)
     check(function, torch.compile(function, backend="aot_eager", fullgraph=True), sizes)
+
+
+KINDS = {
+    "head averages": (Sizes(Ht=2), {"head_reduction": "mean"}),
+    "grouped teacher keys": (Sizes(G=3), {}),
+    "row weights": (Sizes(), {"row_weights": torch.linspace(0, 1, Sizes().Lq)}),
+    "dropout": (Sizes(), {"dropout_p": 0.4}),
+}
+
+
+@pytest.mark.parametrize(("sizes", "options"), KINDS.values(), ids=KINDS.keys())
+def test_whole_graph_of_every_kind(backend, sizes, options):
+    function = operator(backend, **options)
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    check(function, compiled, sizes, options.get("head_reduction", "none"))
+
+
+def test_compiled_autograd(cpu_backend):
+    """The backward pass of an eager call, traced when it runs."""
+    inputs, cotangents = random_inputs(Sizes()), random_cotangents(Sizes())
+    expected = run(operator(cpu_backend), inputs, cotangents)
+
+    def compiler(graph: torch.fx.GraphModule) -> Callable:
+        return torch.compile(graph, backend="aot_eager")
+
+    with torch._dynamo.compiled_autograd._enable(compiler):
+        actual = run(operator(cpu_backend), inputs, cotangents)
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name])
 
 
 def test_attention_and_divergence_alone(cpu_backend):

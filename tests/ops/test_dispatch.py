@@ -1,0 +1,134 @@
+"""The short way from Python to the compiled operator, and when the long one is taken."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import attn_kd
+from attn_kd import InputError
+from attn_kd.ops import dispatch, extension, philox
+from attn_kd.ops.arguments import Operands, Options
+from tests.ops.cases import (
+    DIVERGENCES,
+    HEAD_REDUCTIONS,
+    Sizes,
+    assert_equal,
+    random_cotangents,
+    random_inputs,
+    run,
+)
+
+SIZES = Sizes()
+
+pytestmark = pytest.mark.usefixtures("cpu_backend")
+
+
+def call(*tensors: Tensor, **options) -> attn_kd.AttentionKLOutput:
+    return attn_kd.attention_kl(*tensors, backend="cpu", **options)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("head_reduction", HEAD_REDUCTIONS)
+def test_both_ways_give_the_same(divergence, head_reduction):
+    inputs = random_inputs(SIZES)
+    cotangents = random_cotangents(SIZES, head_reduction=head_reduction)
+    options = Options(0.5, 0.4, divergence, head_reduction)
+
+    def checked(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return dispatch._run_checked(Operands(*tensors), options, "cpu")
+
+    short = run(call, inputs, cotangents, **{**options._asdict()})
+    assert_equal(short, run(checked, inputs, cotangents))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_seed_is_drawn_once_a_call(backend):
+    torch.manual_seed(1)
+    philox.draw_seed(torch.device("cpu"))
+    expected = torch.rand(1)
+    torch.manual_seed(1)
+    attn_kd.attention(*random_ones(), dropout_p=0.5, backend=backend)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def random_ones() -> tuple[Tensor, Tensor, Tensor]:
+    """Three tensors that take nothing from the generator."""
+    return tuple(torch.ones(1, 2, 5, 8) for _ in range(3))
+
+
+class Marked(Tensor):
+    """A tensor with a class of its own, as data pipelines make them."""
+
+
+@pytest.mark.parametrize("make", [torch.nn.Parameter, lambda x: x.as_subclass(Marked)])
+def test_kinds_of_tensors(make):
+    inputs = random_inputs(SIZES)
+    expected = call(*inputs)
+    actual = call(make(inputs.query), *inputs[1:])
+    torch.testing.assert_close(actual.kl.as_subclass(Tensor), expected.kl, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1, torch.tensor(1.0), True], ids=repr)
+def test_kinds_of_numbers(scale):
+    inputs = random_inputs(SIZES)
+    assert torch.equal(call(*inputs, scale=scale).kl, call(*inputs, scale=1.0).kl)
+
+
+def test_function_modes_see_the_operator():
+    seen = []
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with Mode():
+        call(*random_inputs(SIZES))
+    assert any("attn_kd.attention_kl_forward" in name for name in seen)
+
+
+def test_dispatch_modes_see_the_operator_and_its_gradient():
+    seen = []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    inputs = random_inputs(SIZES)
+    inputs.query.requires_grad_()
+    with Mode():
+        call(*inputs).kl.sum().backward()
+    assert "attn_kd.attention_kl_forward.default" in seen
+    assert "attn_kd.attention_kl_backward.default" in seen
+
+
+def test_what_python_raises_on_the_way_comes_out():
+    """Checkpoints end a recomputation by an exception in a hook on saved tensors."""
+
+    def stop(_tensor: Tensor) -> None:
+        raise StopIteration("enough")
+
+    inputs = random_inputs(SIZES)
+    inputs.query.requires_grad_()
+    with (
+        torch.autograd.graph.saved_tensors_hooks(stop, lambda tensor: tensor),
+        pytest.raises(StopIteration, match="enough"),
+    ):
+        call(*inputs)
+
+
+def test_tensors_of_two_devices_in_inference_mode():
+    """There no Autograd kernel looks at the devices first."""
+    inputs = random_inputs(SIZES)
+    with torch.inference_mode(), pytest.raises(InputError, match="key is on meta"):
+        call(inputs.query, inputs.key.to("meta"), *inputs[2:])
+
+
+def test_the_short_way_counts_its_arguments():
+    with pytest.raises(TypeError, match="takes 13 arguments, got 1"):
+        extension.module.attention_kl(torch.zeros(1))
