@@ -126,8 +126,19 @@ def test_logits_of_a_thousand(backend, dtype, divergence):
     sizes = Sizes(Lq=70, Lk=150)
     inputs, cotangents = random_inputs(sizes, dtype, spread=300.0), random_cotangents(sizes, dtype)
     actual = run_backend(backend, inputs, cotangents, divergence=divergence)
-    assert largest(actual["lse"]) > 1000
-    assert_as_accurate_as_eager(actual, inputs, cotangents, divergence=divergence)
+    lse = largest(actual["lse"])
+    assert lse > 1000
+    # The student's probabilities come from saved maxima and sums, and are as good as eager code's.
+    # The teacher's come from its LSE, one number a row, whose rounding is `lse` times that of a
+    # probability; and in float64 it is eager code, the truth there, that has such roundings.
+    rounded = dtype == torch.float64 or divergence != "reverse_kl"
+    assert_as_accurate_as_eager(
+        actual,
+        inputs,
+        cotangents,
+        roundings=lse / 2 if rounded else None,
+        divergence=divergence,
+    )
 
 
 @every_divergence
