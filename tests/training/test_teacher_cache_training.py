@@ -56,11 +56,18 @@ def assert_same_course(run, other, rel=1e-5):
     "changes",
     [
         {**ALL_KINDS, "head_map": (3, 2, 1, 0)},
+        {**ALL_KINDS, "head_reduction": "mean"},
         {"freeze_backbone": True},
         {"freeze_backbone": True, "cache_features": True},
         {"teacher_backbone": False, "num_workers": 2},
     ],
-    ids=["all layers", "frozen backbone", "cached features", "own backbone, loading processes"],
+    ids=[
+        "all layers",
+        "head averages",
+        "frozen backbone",
+        "cached features",
+        "own backbone, loading processes",
+    ],
 )
 def test_course_is_that_of_the_live_teacher(config, distill, tiny_cache, changes):
     config = config.replace(**changes)
