@@ -167,7 +167,7 @@ def test_identical_teacher_and_student(backend, dtype, divergence):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
 @every_divergence
 class TestLowPrecisionInputs:
-    """16-bit inputs cost the rounding of the results; dot products of bfloat16 cost a little more."""
+    """16-bit inputs cost the rounding of the results; dot products of bfloat16 a little more."""
 
     sizes = Sizes(Lq=40, Lk=120, D=32, Dt=32)
 
