@@ -155,8 +155,8 @@ class AttentionDistiller:
             teacher_inputs: those of the teacher's, where they differ (a clip instead of a frame,
                 cached features); None: `batch` without `labels`. Both maps are taken under the
                 student's mask, so the teacher's log-sum-exp is then computed anew.
-            teacher_pass: what the teacher gave for these images before; it is not run then. A
-                record's log-sum-exp must belong to the mask that the student has, or be None.
+            teacher_pass: what the teacher gave for these images before; it is not run then. The
+                log-sum-exp of a record without a mask must belong to the student's, or be None.
             student: the student in a wrapper (DistributedDataParallel, torch.compile), to be called
                 in its place; it must contain the distiller's own student.
 

@@ -72,8 +72,12 @@ def mapped_heads(
             f"layer {layer!r} has heads 0 to {teacher_heads - 1}"
         )
     index = list(head_map)
+    mask = record.attn_mask
+    if mask is not None and mask.dim() > 2 and mask.shape[-3] > 1:
+        mask = mask[..., index, :, :]
     return record._replace(
         query=record.query[:, index],
         key=record.key[:, index],
         lse=None if record.lse is None else record.lse[:, index],
+        attn_mask=mask,
     )

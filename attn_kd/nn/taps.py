@@ -31,11 +31,20 @@ class AttentionRecord(NamedTuple):
     lse: Tensor | None  # [B, Ht, Lq], float32 or float64, under the teacher's mask; None: unknown
     scale: float | None  # None: Dt ** -0.5
     group: int = 1  # consecutive teacher keys that are compared with one key of the student
+    attn_mask: Tensor | None = None  # of the teacher, as `attention` takes it; None: it had none
+    mask_known: bool = False  # False: attn_mask says nothing, and lse is under the student's mask
 
     def to(self, device: torch.device) -> AttentionRecord:
         """Return the record on `device`."""
-        lse = None if self.lse is None else self.lse.to(device)
-        return self._replace(query=self.query.to(device), key=self.key.to(device), lse=lse)
+        query, key = self.query.to(device), self.key.to(device)
+        lse, mask = (None if x is None else x.to(device) for x in (self.lse, self.attn_mask))
+        return self._replace(query=query, key=key, lse=lse, attn_mask=mask)
+
+    def lse_under(self, attn_mask: Tensor | None) -> Tensor | None:
+        """Return the log-sum-exp for the keys that `attn_mask`, the student's, shows, if known."""
+        if self.mask_known and not _known_equal(self.attn_mask, attn_mask):
+            return None
+        return self.lse
 
 
 #: Makes a teacher's record comparable with a student's query [B, H, Lq, D] and key [B, H, Lk, D].
@@ -80,7 +89,7 @@ class AttentionTaps:
 
 
 class RecordTap:
-    """Plain attention that keeps query, key and log-sum-exp, detached: the teacher's side.
+    """Plain attention that keeps query, key, log-sum-exp and mask, detached: the teacher's side.
 
     `record` is None until the layer has run.
     """
@@ -110,7 +119,12 @@ class RecordTap:
         # Autocast may have made the operator compute in another dtype than it was handed; the
         # LSE belongs to the rounded logits, so the rounded factors must be kept with it.
         self.record = AttentionRecord(
-            query.detach().to(output.dtype), key.detach().to(output.dtype), lse.detach(), scale
+            query.detach().to(output.dtype),
+            key.detach().to(output.dtype),
+            lse.detach(),
+            scale,
+            attn_mask=None if attn_mask is None else attn_mask.detach(),
+            mask_known=True,
         )
         return output
 
@@ -181,7 +195,7 @@ class FuseTap:
             value,
             record.query,
             record.key,
-            teacher_lse=record.lse,
+            teacher_lse=record.lse_under(attn_mask),
             attn_mask=attn_mask,
             scale=scale,
             teacher_scale=record.scale,
@@ -264,6 +278,31 @@ def mean_divergence(kl: Tensor, rows: Tensor | None) -> Tensor:
         rows = rows.any(dim=1)
     rows = rows.expand(kl.shape)
     return kl.masked_fill(~rows, 0.0).sum() / rows.sum().clamp(min=1)
+
+
+def _known_equal(mask: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two masks are known to be equal at little cost; False where that is not clear.
+
+    Values are compared where all queries have one row, as with padding. That waits for the device,
+    so neither a traced graph nor a captured one does it.
+    """
+    if mask is other:
+        return True
+    if mask is None or other is None or torch.compiler.is_compiling():
+        return False
+    if mask.shape != other.shape or mask.dtype != other.dtype or mask.device != other.device:
+        return False
+    if mask.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    rows = [_only_row(x) for x in (mask, other)]
+    return rows[0] is not None and rows[1] is not None and torch.equal(rows[0], rows[1])
+
+
+def _only_row(mask: Tensor) -> Tensor | None:
+    """Return the row [..., 1, Lk] that all queries have; None if they may differ."""
+    if mask.dim() < 2 or mask.shape[-2] == 1:
+        return mask
+    return mask[..., :1, :] if mask.stride(-2) == 0 else None
 
 
 def _ran_twice(role: str, layer: str) -> InputError:

@@ -5,8 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
+from attn_kd import attention_kl
 from attn_kd.errors import InputError
-from attn_kd.nn.taps import AttentionTaps, FuseTap, RecordTap, distilled_rows, mean_divergence
+from attn_kd.nn.taps import (
+    AttentionRecord,
+    AttentionTaps,
+    FuseTap,
+    RecordTap,
+    distilled_rows,
+    mean_divergence,
+)
 
 B, H, L, D = 2, 3, 5, 4
 KEYS = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], dtype=torch.bool)  # [B, Lk]
@@ -161,3 +169,49 @@ def test_taps_are_found_by_the_module_itself():
     taps = AttentionTaps([(first, tap), (second, RecordTap("second"))], untapped="sdpa")
     assert taps.find(first) is tap
     assert taps.find(third) is None
+
+
+PADDING = KEYS[:, None, None, :]
+
+
+@pytest.mark.parametrize(
+    ("teacher_mask", "student_mask"),
+    [
+        pytest.param(None, PADDING, id="student-alone"),
+        pytest.param(PADDING, None, id="teacher-alone"),
+        pytest.param(PADDING, PADDING.flip(0), id="another"),
+        pytest.param(PADDING, PADDING.clone(), id="equal"),
+        pytest.param(PADDING.expand(B, H, L, L), PADDING.expand(B, H, L, L), id="expanded"),
+        pytest.param(PADDING, additive(PADDING, float("-inf")).double(), id="additive"),
+    ],
+)
+def test_both_maps_are_taken_under_the_students_mask(teacher_mask, student_mask):
+    student, teacher = torch.randn(2, 3, B, H, L, D, dtype=torch.float64)
+    recording = RecordTap("teacher")
+    recording.attend(*teacher, attn_mask=teacher_mask, scale=None)
+    tap = FuseTap(
+        recording.record,
+        layer="student",
+        teacher_layer="teacher",
+        self_attention=True,
+        divergence="reverse_kl",
+        head_reduction="none",
+    )
+    tap.attend(*student, attn_mask=student_mask, scale=None)
+    expected = attention_kl(*student, *teacher[:2], attn_mask=student_mask).kl
+    torch.testing.assert_close(tap.kl, expected)
+
+
+@pytest.mark.parametrize("other", ["same", "equal", "expanded"])
+def test_log_sum_exp_is_kept_under_an_equal_mask(other):
+    masks = {"same": PADDING, "equal": PADDING.clone(), "expanded": PADDING.expand(B, H, L, L)}
+    tokens = torch.randn(B, H, L, D)
+    tap = RecordTap("teacher")
+    recorded = PADDING.clone().expand(B, H, L, L) if other == "expanded" else PADDING
+    tap.attend(tokens, tokens, tokens, attn_mask=recorded, scale=None)
+    assert tap.record.lse_under(masks[other]) is tap.record.lse
+
+
+def test_log_sum_exp_of_a_record_without_a_mask_is_the_students():
+    tokens, lse = torch.zeros(B, H, L, D), torch.zeros(B, H, L)
+    assert AttentionRecord(tokens, tokens, lse, None).lse_under(PADDING) is lse
