@@ -51,11 +51,17 @@ class TaughtItems(Dataset):
         cache: of the teacher.
         rows: for every item its index in the cache.
         layers: paths of the teacher's layers to read.
+
+    Raises:
+        InputError: there are augmented views, and items are not at their index in the cache: the
+            augmentation of a view is random by the index.
     """
 
     def __init__(
         self, dataset: Any, cache: TeacherCache, rows: Sequence[int], layers: Sequence[str]
     ) -> None:
+        if dataset.views > 1:
+            _require_same_order(rows, cache)
         self.dataset = dataset
         self.cache = cache
         self.rows = list(rows)
@@ -174,6 +180,17 @@ def _on_grid(tokens: Tensor, own: Grid, padded: Grid) -> Tensor:
     placed = cells.new_zeros(cells.shape[0], *padded, *cells.shape[3:])
     placed[:, : own[0], : own[1]] = cells
     return placed.flatten(1, 2)
+
+
+def _require_same_order(rows: Sequence[int], cache: TeacherCache) -> None:
+    """Check that every image has the same index in the data and in the cache."""
+    for index, row in enumerate(rows):
+        if row != index:
+            raise InputError(
+                f"image {index} of the data is image {row} of the teacher cache {cache.folder}, "
+                f"whose augmented views are those of image {row}; expected the images in the order "
+                "of the cache from its first on, or --no-augment"
+            )
 
 
 def _require_visible(cells: Tensor, records: Sequence[ImageRecord]) -> None:

@@ -22,8 +22,7 @@ from attn_kd.training.datasets import (
     is_stream,
     most_objects,
 )
-from attn_kd.training.sampling import ViewedItems
-from attn_kd.training.sources import Source
+from attn_kd.training.sources import image_source
 from attn_kd.training.teacher import Teacher, distilled_layers
 from attn_kd.training.teacher_cache_batches import teacher_pass
 
@@ -83,14 +82,15 @@ def rehearse(
     Raises:
         InputError: something does not fit.
     """
-    collate = DetectionCollator(processor)
     given = None
     if teacher is None or teacher.cache is None:
-        batch = collate([next(iter(dataset)) if is_stream(dataset) else dataset[0]])
+        batch = DetectionCollator(processor)(
+            [next(iter(dataset)) if is_stream(dataset) else dataset[0]]
+        )
     elif is_stream(dataset):
         raise InputError("a teacher cache is of the images of a data folder, not of a stream")
     else:
-        images = Source(ViewedItems(dataset, views=1, seed=0), collate)
+        images = image_source(dataset, processor, config, teacher.views(augment=config.augment))
         layers = distilled_layers(model, teacher.model, config)
         taught = teacher.taught(images, dataset, layers.values())
         batch = taught.collate([taught.dataset[0]])

@@ -1,5 +1,6 @@
 """Distillation from a cache goes as with the teacher that made it, which is not needed for it."""
 
+import json
 import shutil
 
 import pytest
@@ -91,6 +92,39 @@ def test_augmented_views_are_those_of_cached_features(
     # Without cached features the same views are made of the images anew in every step.
     config = config.replace(cache_features=False)
     assert_same_course(distill(config, "images", cache.folder), live)
+
+
+@pytest.fixture
+def reordered(tiny_data, tmp_path):
+    """The data folder with its training images in reverse."""
+    folder = shutil.copytree(tiny_data, tmp_path / "reordered")
+    file = folder / "annotations" / "instances_train.json"
+    document = json.loads(file.read_text())
+    document["images"].reverse()
+    file.write_text(json.dumps(document))
+    return folder
+
+
+@pytest.mark.parametrize("cache_features", [False, True], ids=["images", "features"])
+def test_augmented_views_of_another_order_are_refused_before_the_folder_is_made(
+    config, distill, tiny_teacher, tiny_data, reordered, tmp_path, cache_features
+):
+    cache = cache_teacher(tiny_teacher, tiny_data, tmp_path / "cache", CacheOptions(views=2))
+    config = config.replace(
+        augment=True, freeze_backbone=cache_features, cache_features=cache_features
+    )
+    with pytest.raises(InputError, match="image 0 of the data is image 11 of the teacher cache"):
+        distill(config, "out", cache.folder, reordered)
+    assert not (tmp_path / "out").exists()
+
+
+def test_views_as_they_are_may_come_in_another_order(
+    config, distill, tiny_teacher, tiny_data, reordered, tmp_path
+):
+    options = CacheOptions(dtype="float32", views=2)
+    cache = cache_teacher(tiny_teacher, tiny_data, tmp_path / "cache", options)
+    live = distill(config, "live", data=reordered)
+    assert_same_course(distill(config, "cached", cache.folder, reordered), live)
 
 
 def test_teacher_is_neither_there_nor_run(
