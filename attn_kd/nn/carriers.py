@@ -65,7 +65,7 @@ def carried_tap(module: nn.Module) -> Tap | None:
 def carries_tap(module: nn.Module) -> bool:
     """Whether `module` must compute by `carried_attention` now: it has a tap or a reservation."""
     state = vars(module)
-    return _TAP in state or _RESERVATIONS in state
+    return _TAP in state or state.get(_RESERVATIONS) is not None
 
 
 @contextmanager
@@ -88,6 +88,18 @@ def carried_taps(entries: Iterable[tuple[nn.Module, Tap]]) -> Iterator[None]:
                 vars(module).pop(_TAP, None)
 
 
+class _Reservations:
+    """How many hold a module reserved. Copies of the module, in memory or in a file, are free."""
+
+    __slots__ = ("number",)
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
+
+
 class TapReservation:
     """Keeps a distilled layer right under activation checkpointing, until `undo`.
 
@@ -100,21 +112,31 @@ class TapReservation:
 
     A reservation must last from before the forward pass until after the last backward pass.
     Without the compiled kernels, what stays in memory is all that the reference backend saves,
-    attention maps included. `torch.compile` breaks the graph at a checkpointed layer that carries
-    a tap, and refuses it with ``fullgraph=True``: a tap keeps its divergence beside the output.
+    attention maps included. A deep or pickled copy of the layer is not reserved. `torch.compile`
+    breaks the graph at a checkpointed layer that carries a tap, and refuses it with
+    ``fullgraph=True``: a tap keeps its divergence beside the output.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        setattr(module, _RESERVATIONS, vars(module).get(_RESERVATIONS, 0) + 1)
+        held = vars(module).get(_RESERVATIONS)
+        if held is None:
+            held = _Reservations()
+            setattr(module, _RESERVATIONS, held)
+        held.number += 1
 
     def undo(self) -> None:
         """Let the layer go."""
-        others = getattr(self._module, _RESERVATIONS) - 1
-        if others:
-            setattr(self._module, _RESERVATIONS, others)
-        else:
+        held = getattr(self._module, _RESERVATIONS)
+        held.number -= 1
+        if not held.number:
             delattr(self._module, _RESERVATIONS)
+
+
+def forget_released(module: nn.Module) -> None:
+    """Drop the empty attribute that a copy of a reserved layer has."""
+    if vars(module).get(_RESERVATIONS, module) is None:
+        delattr(module, _RESERVATIONS)
 
 
 def is_self_attention_name(path: str) -> bool:
@@ -129,7 +151,7 @@ def is_self_attention_name(path: str) -> bool:
 
 def _saved_out_of_reach(module: nn.Module) -> AbstractContextManager[Any]:
     """Keep what is saved for backward from checkpointing, if `module` is reserved."""
-    if _RESERVATIONS not in vars(module) or torch.compiler.is_compiling():
+    if vars(module).get(_RESERVATIONS) is None or torch.compiler.is_compiling():
         return nullcontext()
     # Detached: a saved output that knew its graph would keep the graph, and so itself, alive.
     return saved_tensors_hooks(Tensor.detach, _as_it_is)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from attn_kd.nn.carriers import forget_released
 from attn_kd.nn.multihead_attention import MultiheadAttention, keep_from_fast_path
 
 _USED_NESTED_TENSOR = "_attn_kd_used_nested_tensor"
@@ -57,6 +58,7 @@ def restore_multihead_attention(model: nn.Module) -> list[str]:
     """
     restored = []
     for path, module in model.named_modules():
+        forget_released(module)
         if _USED_NESTED_TENSOR in vars(module):
             module.use_nested_tensor = vars(module).pop(_USED_NESTED_TENSOR)
         if type(module) is MultiheadAttention:

@@ -10,6 +10,8 @@ import torch
 
 from attn_kd.distill import AttentionDistiller
 from attn_kd.distill.loans import Loans
+from attn_kd.nn import carries_tap, replace_multihead_attention, restore_multihead_attention
+from tests.plain_detr import plain_batch, plain_detr
 from tests.tiny_detr import tiny_batch, tiny_detr
 
 
@@ -169,3 +171,21 @@ def test_loan_is_undone_by_its_last_holder():
     assert (Counter.made, Counter.undone) == (1, 0)
     loans.give_back(subject)
     assert (Counter.made, Counter.undone) == (1, 1)
+
+
+def test_copy_made_while_open_is_not_reserved():
+    teacher, student = (plain_detr(seed=seed) for seed in (1, 2))
+    for model in (teacher, student):
+        replace_multihead_attention(model)
+    with AttentionDistiller(teacher, student) as distiller:
+        distiller(**plain_batch())
+        copied = copy.deepcopy(student)
+        assert any(carries_tap(module) for module in student.modules())
+    assert not any(carries_tap(module) for module in copied.modules())
+    for model in (student, copied):
+        restore_multihead_attention(model)
+    assert state_of_modules(copied) == state_of_modules(student)
+
+
+def state_of_modules(model):
+    return [set(vars(module)) for module in model.modules()]

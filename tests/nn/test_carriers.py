@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import weakref
 
 import pytest
@@ -208,6 +210,22 @@ def test_reservations_are_counted(attention):
     assert carries_tap(attention)
     second.undo()
     assert not carries_tap(attention)
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))],
+    ids=["deepcopy", "pickle"],
+)
+def test_copy_of_a_reserved_layer_is_free(attention, duplicate):
+    reservation = TapReservation(attention)
+    copied = duplicate(attention)
+    assert not carries_tap(copied)
+    own = TapReservation(copied)
+    reservation.undo()
+    assert carries_tap(copied)
+    own.undo()
+    assert set(vars(copied)) == set(vars(attention))
 
 
 def test_reserved_layer_does_not_keep_itself_alive(attention):
