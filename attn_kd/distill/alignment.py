@@ -20,12 +20,18 @@ apart; the operator compares the student's attention to j with the teacher's *ma
 
     t′_ij = log Σ_{g in j} exp (P t)_ig        softmax(t′_i)_j = Σ_{g in j} softmax((P t)_i)_g
 
-so all that the teacher attends to counts. The student's grid must divide the teacher's; a clip's
-time axis is grouped whole: (T, h, w) against (h′, w′) gives G = T · h/h′ · w/w′.
+so all that the teacher attends to in what the student sees counts. The student's grid must divide
+the teacher's; a clip's time axis is grouped whole: (T, h, w) against (h′, w′) gives
+G = T · h/h′ · w/w′.
 
-Either way the student's mask says which of its tokens are padding, for both models. Teacher tokens
-that are padding have a part in a student token that covers the border of the picture. The
-teacher's log-sum-exp does not fit the new logits: the operator computes it anew.
+Either way the student's mask says which of its tokens are padding, for both models. At the border
+of the picture a student token may cover teacher tokens of which some are padding. If the record
+knows the teacher's padding, "group" leaves those out of sums and means. (Keys get one more feature,
+a bias of -2¹⁴, and queries a 1 beside it.) Where all of a block is padding, all of it counts; so
+does it with "resample", whose filter is one of whole images, and with a record that knows no mask.
+A teacher without a mask has no padding, whatever its pictures show. Biases of additive masks other
+than those that hide are not carried over.
+The teacher's log-sum-exp does not fit the new logits: the operator computes it anew.
 """
 
 from __future__ import annotations
@@ -38,6 +44,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attn_kd.errors import InputError
+from attn_kd.nn.masks import only_row, visible
 from attn_kd.nn.taps import AttentionRecord
 
 ALIGNMENTS = ("none", "resample", "group")
@@ -46,6 +53,9 @@ Grid = tuple[int, ...]  # (h, w), or (T, h, w)
 
 # Of feature maps and patch embeddings; DINOv2's patches are 14 pixels wide.
 _STRIDES = (1, 2, 4, 8, 14, 16, 32, 64)
+
+# Exact in every dtype; its logit, -2896 at a head_dim of 32, leaves no mass in float32.
+_BIAS = 2.0**14
 
 
 def deduced_grid(tokens: int, image_size: tuple[int, int] | None) -> Grid | None:
@@ -151,11 +161,48 @@ def grouped_record(
     """Return a teacher's record for the target's grid, by "group" (see the module).
 
     The key has G tokens, one after another, for each of the target's: [B, Ht, m·G, Dt]. In
-    self-attention the queries are means over blocks, [B, Ht, m, Dt] in float32 at least.
+    self-attention the queries are means over blocks, [B, Ht, m, Dt] in float32 at least. With a
+    teacher that has padding, both have Dt + 1 features.
+
+    Raises:
+        InputError: the grid does not divide, or the teacher's mask depends on the query.
     """
+    counts = None
+    if record.mask_known and record.attn_mask is not None:
+        counts = _counting_tokens(record.attn_mask, grid, target)  # [B or 1, Ht or 1, m, G, 1]
     query = record.query
     if queries_are_tokens:
         wide = torch.promote_types(query.dtype, torch.float32)
-        query = group_tokens(query.to(wide), grid, target).mean(dim=3)
+        query = group_tokens(query.to(wide), grid, target)
+        query = query.mean(dim=3) if counts is None else _mean(query, counts)
     key = group_tokens(record.key, grid, target)
-    return AttentionRecord(query, key.flatten(2, 3), None, record.scale, group=key.shape[3])
+    scale = record.scale
+    if counts is not None:
+        scale = key.shape[-1] ** -0.5 if scale is None else scale
+        bias = torch.zeros_like(key[..., :1]).masked_fill(~counts, math.copysign(_BIAS, -scale))
+        key = torch.cat([key, bias], dim=-1)
+        query = F.pad(query, (0, 1), value=1.0)
+    return AttentionRecord(query, key.flatten(2, 3), None, scale, group=key.shape[3])
+
+
+def _counting_tokens(attn_mask: Tensor, grid: Grid, target: Grid) -> Tensor:
+    """Return which tokens of each block count: bool, [B or 1, Ht or 1, m, G, 1].
+
+    Those that the teacher sees; all of a block of which it sees none.
+    """
+    row = only_row(attn_mask)
+    if row is None:
+        raise InputError(
+            f"the teacher's mask of shape {tuple(attn_mask.shape)} has a row for every query; "
+            'alignment="group" expected one for all, [B, 1, 1, Lk], as for padding'
+        )
+    shown = visible(row)
+    shown = shown.reshape((1,) * (4 - shown.dim()) + shown.shape).transpose(2, 3)
+    shown = shown.expand(-1, -1, math.prod(grid), -1)
+    blocks = group_tokens(shown, grid, target)
+    return blocks | ~blocks.any(dim=3, keepdim=True)
+
+
+def _mean(tokens: Tensor, counts: Tensor) -> Tensor:
+    """Return the means [B, H, m, D] of those tokens [B, H, m, G, D] that count."""
+    return tokens.masked_fill(~counts, 0.0).sum(dim=3) / counts.sum(dim=3)

@@ -18,6 +18,16 @@ def visible(attn_mask: Tensor) -> Tensor:
     return ~(attn_mask <= hidden)  # in this form NaN stays visible
 
 
+def only_row(mask: Tensor) -> Tensor | None:
+    """Return the row [..., 1, Lk] that all queries have, as with padding; None if they differ.
+
+    A mask [..., Lq, Lk] that has rows in memory passes for one whose rows differ.
+    """
+    if mask.dim() < 2 or mask.shape[-2] == 1:
+        return mask
+    return mask[..., :1, :] if mask.stride(-2) == 0 else None
+
+
 def merge_masks(
     key_padding_mask: Tensor | None,  # [B, Lk], bool (True = ignore) or additive
     attn_mask: Tensor | None,  # [Lq, Lk] or [B * H, Lq, Lk], bool (True = ignore) or additive

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from attn_kd.errors import InputError
-from attn_kd.nn.masks import visible
+from attn_kd.nn.masks import only_row, visible
 from attn_kd.ops import attention, attention_kl
 
 TAPS_ARGUMENT = "attn_kd_taps"
@@ -294,15 +294,8 @@ def _known_equal(mask: Tensor | None, other: Tensor | None) -> bool:
         return False
     if mask.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
-    rows = [_only_row(x) for x in (mask, other)]
+    rows = [only_row(x) for x in (mask, other)]
     return rows[0] is not None and rows[1] is not None and torch.equal(rows[0], rows[1])
-
-
-def _only_row(mask: Tensor) -> Tensor | None:
-    """Return the row [..., 1, Lk] that all queries have; None if they may differ."""
-    if mask.dim() < 2 or mask.shape[-2] == 1:
-        return mask
-    return mask[..., :1, :] if mask.stride(-2) == 0 else None
 
 
 def _ran_twice(role: str, layer: str) -> InputError:

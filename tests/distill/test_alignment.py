@@ -174,6 +174,48 @@ def test_grouped_keys_of_cross_attention_conserve_the_teachers_attention():
     assert_equal_with_gradients(student, record, mass.log(), mask)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=["float64", "float16"])
+@pytest.mark.parametrize("queries_are_tokens", [True, False], ids=["self", "cross"])
+def test_padding_of_the_teacher_is_left_out_of_groups(queries_are_tokens, dtype):
+    grid, target = (4, 4), (2, 2)
+    student, record = case(grid, target, queries=None if queries_are_tokens else 7)
+    seen = torch.zeros(B, 4, 4, dtype=torch.bool)
+    seen[0, :3, :3] = True  # in part visible: three blocks
+    seen[1, :, :2] = True  # of two blocks nothing is visible: the student must hide them
+    seen = seen.flatten(1)[:, None, None, :]
+    factors = {"query": record.query.to(dtype), "key": record.key.to(dtype)}
+    record = record._replace(**factors, attn_mask=seen, mask_known=True)
+
+    counts = membership(grid, target).double() * seen[:, :, 0, None, :]  # [B, 1, m, n]
+    logits = record.scale * record.query.double() @ record.key.double().mT
+    if queries_are_tokens:
+        logits = counts / counts.sum(-1, keepdim=True).clamp(min=1) @ logits
+    logits = (logits.exp() @ counts.mT).log()
+    mask = torch.ones(B, 1, 1, 4, dtype=torch.bool)
+    mask[1, ..., 1::2] = False
+    logits = logits.masked_fill(~mask, 0.0)
+    record = grouped_record(record, grid, target, queries_are_tokens=queries_are_tokens)
+    if queries_are_tokens:  # the explicit map gives these rows no teacher
+        student[0] = student[0].detach()
+    kl = attention_kl(
+        *student, record.query, record.key, teacher_scale=record.scale, attn_mask=mask
+    ).kl
+    expected, _ = explicit(student, logits, mask, "reverse_kl")
+    rows = mask[:, :, 0] if queries_are_tokens else torch.ones(B, 1, 7, dtype=torch.bool)
+    tolerance = {"rtol": 1e-7, "atol": 1e-9} if dtype == torch.float64 else {}
+    tolerance = tolerance or {"rtol": 1e-3, "atol": 1e-4}
+    torch.testing.assert_close(
+        kl.masked_fill(~rows, 0.0), expected.masked_fill(~rows, 0.0), **tolerance
+    )
+
+
+def test_grouping_under_a_mask_that_depends_on_the_query_is_refused():
+    _, record = case((4, 4), (2, 2))
+    record = record._replace(attn_mask=torch.ones(16, 16).tril().bool(), mask_known=True)
+    with pytest.raises(InputError, match=r"\(16, 16\) has a row for every query"):
+        grouped_record(record, (4, 4), (2, 2), queries_are_tokens=True)
+
+
 @pytest.mark.parametrize("align", [resampled_record, grouped_record])
 def test_record_of_a_bfloat16_teacher_is_as_good_as_its_numbers(align):
     grid, target = (4, 6), (2, 2)
