@@ -93,10 +93,18 @@ class TeacherCache:
             recipe = CacheRecipe.from_dict(values["recipe"])
             shards = [Shard.from_dict(shard) for shard in values["shards"]]
             teacher_files = dict(values["teacher_files"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise InputError(f"{path} is broken: {type(error).__name__}: {error}") from None
         if len(shards) != recipe.num_shards:
             raise InputError(f"{path} is broken: {len(shards)} shards of {recipe.num_shards}")
+        for number, shard in enumerate(shards):
+            if not recipe.describes(shard, number):
+                raise InputError(
+                    f"{path} is broken: the grids of {shard.file!r} are not those of shard {number}"
+                )
+        for name, sha256 in teacher_files.items():
+            if not isinstance(sha256, str) or Path(name).name != name:
+                raise InputError(f"{path} is broken: teacher file {name!r} has SHA-256 {sha256!r}")
         return cls(folder, recipe, shards, teacher_files)
 
     @property

@@ -9,14 +9,15 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import UnionType
+from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
 from attn_kd.data import CocoDetection
 from attn_kd.errors import InputError
-from attn_kd.training.config import read_json
+from attn_kd.training.config import MIXED_PRECISIONS, read_json
 from attn_kd.training.records import TeacherIdentity
 
 FORMAT = "attn_kd teacher cache"
@@ -27,6 +28,8 @@ TEACHER_FOLDER = "teacher"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 Grid = tuple[int, int]  # height and width in cells
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -106,13 +109,32 @@ class CacheRecipe:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CacheRecipe:
-        """Raises TypeError or KeyError where the values are no recipe."""
+        """The recipe that `to_dict` has described.
+
+        Raises:
+            KeyError, TypeError, ValueError: the values are no recipe.
+        """
         nested = {
-            "teacher": TeacherIdentity(**values["teacher"]),
-            "layers": tuple(CachedLayer(**layer) for layer in values["layers"]),
-            "images": tuple(CachedImage(**image) for image in values["images"]),
+            "teacher": _typed(TeacherIdentity, values["teacher"]),
+            "layers": tuple(_typed(CachedLayer, layer) for layer in values["layers"]),
+            "images": tuple(_typed(CachedImage, image) for image in values["images"]),
         }
-        return cls(**{**values, **nested})
+        recipe = _typed(cls, {**values, **nested})
+        for name, choices in {"dtype": tuple(DTYPES), "amp": MIXED_PRECISIONS}.items():
+            if getattr(recipe, name) not in choices:
+                raise ValueError(f"{name} is {getattr(recipe, name)!r}")
+        for name, least in {"views": 1, "seed": 0, "stride": 1, "images_per_shard": 1}.items():
+            if getattr(recipe, name) < least:
+                raise ValueError(f"{name} is {getattr(recipe, name)}; expected at least {least}")
+        return recipe
+
+    def describes(self, shard: Shard, number: int) -> bool:
+        """Whether a shard has the name and as many grids as the one of this number should have."""
+        start = number * self.images_per_shard
+        images = min(self.images_per_shard, len(self.images) - start)
+        return shard.file == shard_file(number) and (
+            [len(grids) for grids in shard.grids] == [self.views] * images
+        )
 
 
 @dataclass(frozen=True)
@@ -127,6 +149,11 @@ class Shard:
     def from_dict(cls, values: Mapping[str, Any]) -> Shard:
         grids = tuple(tuple((int(h), int(w)) for h, w in views) for views in values["grids"])
         return cls(str(values["file"]), str(values["sha256"]), grids)
+
+
+def shard_file(number: int) -> str:
+    """The name of a shard."""
+    return f"shard-{number:05d}.safetensors"
 
 
 class LayerFactors(NamedTuple):
@@ -144,6 +171,28 @@ class ImageRecord(NamedTuple):
     logits: Tensor  # [num_queries, classes + 1] float32
     boxes: Tensor  # [num_queries, 4] float32: centre x, centre y, width, height; relative
     grid: Grid
+
+
+def _typed(kind: type[T], values: Mapping[str, Any]) -> T:
+    """A dataclass of values that JSON can hold, each of the type that its field is annotated with.
+
+    Raises:
+        TypeError: a value is missing, of another type, or of no field.
+    """
+    made = kind(**values)
+    for name, hint in get_type_hints(kind).items():
+        value, types = getattr(made, name), _plain_types(hint)
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            expected = " or ".join(each.__name__ for each in types)
+            raise TypeError(f"{name} is {value!r}; expected {expected}")
+    return made
+
+
+def _plain_types(hint: Any) -> tuple[type, ...]:
+    """What `isinstance` can check of an annotation; an integer is a float, too."""
+    if isinstance(hint, UnionType):
+        return tuple(plain for part in get_args(hint) for plain in _plain_types(part))
+    return (float, int) if hint is float else (get_origin(hint) or hint,)
 
 
 def tensor_name(index: int, view: int, owner: str, part: str) -> str:

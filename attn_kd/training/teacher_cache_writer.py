@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,17 @@ from attn_kd.training.teacher_cache_format import (
     ImageRecord,
     Shard,
     require_intact,
+    shard_file,
     tensor_name,
 )
 
 UNFINISHED_FILE = "unfinished.json"
 LOG_FILE = "shards.jsonl"
+
+#: Names of what a run that was killed was writing, see `attn_kd._atomic.replacing_file`.
+_HALF_WRITTEN = re.compile(
+    r"\.(shard-\d+|shards|unfinished|manifest)-[0-9a-f]{16}\.(safetensors|jsonl|json)"
+)
 
 Progress = Callable[[Iterable[int]], Iterable[int]]
 Record = Callable[[int, int], ImageRecord]  # of (index, view)
@@ -69,8 +76,7 @@ def write_cache(
         KeyboardInterrupt: Ctrl-C; the message says how to go on.
     """
     shards = _Shards(folder, recipe, _begin(folder, recipe, overwrite=overwrite))
-    for name, content in teacher_files.items():
-        _write(folder / TEACHER_FOLDER / name, content)
+    _write_teacher(folder / TEACHER_FOLDER, teacher_files)
     index = 0
     try:
         for index in progress(range(len(recipe.images))):
@@ -138,18 +144,13 @@ class _Shards:
         return shard_file(index // self._recipe.images_per_shard)
 
 
-def shard_file(number: int) -> str:
-    """The name of a shard."""
-    return f"shard-{number:05d}.safetensors"
-
-
 def _begin(folder: Path, recipe: CacheRecipe, *, overwrite: bool) -> dict[str, Shard]:
     """Make the folder ready; return the shards in it that are intact, by file."""
     folder.mkdir(parents=True, exist_ok=True)
     before = _recipe_in(folder)
     known: dict[str, Shard] = {}
     if before is None:
-        if any(folder.iterdir()):
+        if not all(_HALF_WRITTEN.fullmatch(path.name) for path in folder.iterdir()):
             raise InputError(f"{folder} is not empty and holds no teacher cache; choose another")
     elif difference := _difference(recipe, before):
         if not overwrite:
@@ -158,26 +159,46 @@ def _begin(folder: Path, recipe: CacheRecipe, *, overwrite: bool) -> dict[str, S
                 "another folder"
             )
     else:
-        known = {shard.file: shard for shard in _logged(folder) if _is_intact(folder, shard)}
-    # In this order, at every moment no shard counts for a recipe that is not its own.
-    log = b"".join(_json(dataclasses.asdict(shard)) for shard in known.values())
-    _write(folder / LOG_FILE, log)
+        numbers = {shard_file(number): number for number in range(recipe.num_shards)}
+        known = {
+            shard.file: shard
+            for shard in _logged(folder)
+            if shard.file in numbers
+            and recipe.describes(shard, numbers[shard.file])
+            and _is_intact(folder, shard)
+        }
+    # In this order, at every moment no shard counts for a recipe that is not its own. A folder that
+    # holds a log has a recipe, too: without one nobody would know whose it is.
+    if before is not None:
+        log = b"".join(_json(dataclasses.asdict(shard)) for shard in known.values())
+        _write(folder / LOG_FILE, log)
     _write(folder / UNFINISHED_FILE, _json({"recipe": recipe.to_dict()}))
     (folder / MANIFEST_FILE).unlink(missing_ok=True)
-    # Hidden ones are what a run that was killed was writing.
-    for path in [*folder.glob("shard-*.safetensors"), *folder.glob(".shard-*.safetensors")]:
-        if path.name not in known:
+    for path in folder.iterdir():
+        is_shard = path.match("shard-*.safetensors") and path.name not in known
+        if is_shard or _HALF_WRITTEN.fullmatch(path.name):
             path.unlink()
     return known
+
+
+def _write_teacher(folder: Path, files: dict[str, bytes]) -> None:
+    """Make a folder hold these files, by name, and no others."""
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if path.name not in files:
+                path.unlink()
+    for name, content in files.items():
+        _write(folder / name, content)
 
 
 def _recipe_in(folder: Path) -> CacheRecipe | None:
     for name in (MANIFEST_FILE, UNFINISHED_FILE):
         path = folder / name
         if path.is_file():
+            values = read_json(path, dict)
             try:
-                return CacheRecipe.from_dict(read_json(path, dict)["recipe"])
-            except (KeyError, TypeError) as error:
+                return CacheRecipe.from_dict(values["recipe"])
+            except (KeyError, TypeError, ValueError) as error:
                 raise InputError(f"{path} is no record of a teacher cache: {error!r}") from None
     return None
 
@@ -198,16 +219,18 @@ def _difference(now: CacheRecipe, before: CacheRecipe) -> str | None:
 def _logged(folder: Path) -> list[Shard]:
     """The shards that a manifest or a log of complete shards lists."""
     if (folder / MANIFEST_FILE).is_file():
-        listed = read_json(folder / MANIFEST_FILE, dict).get("shards", [])
+        listed = read_json(folder / MANIFEST_FILE, dict).get("shards")
+        listed = listed if isinstance(listed, list) else []
     else:
         listed = []
         path = folder / LOG_FILE
-        for line in path.read_text().splitlines() if path.is_file() else []:
+        content = path.read_bytes() if path.is_file() else b""
+        for line in content.decode(errors="replace").splitlines():
             with contextlib.suppress(ValueError):  # a line that was cut short
                 listed.append(json.loads(line))
     shards = []
     for values in listed:
-        with contextlib.suppress(KeyError, TypeError, ValueError):
+        with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError):
             shards.append(Shard.from_dict(values))
     return shards
 

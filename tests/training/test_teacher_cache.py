@@ -82,6 +82,61 @@ def test_manifest_of_another_kind_is_refused(copied, change, message):
         TeacherCache.open(copied)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images_per_shard": 0}, "images_per_shard is 0; expected at least 1"),
+        ({"images_per_shard": "x"}, "images_per_shard is 'x'; expected int"),
+        ({"views": 1.5}, "views is 1.5; expected int"),
+        ({"views": True}, "views is True; expected int"),
+        ({"views": 2}, "the grids of 'shard-00000.safetensors' are not those of shard 0"),
+        ({"seed": -1}, "seed is -1; expected at least 0"),
+        ({"dtype": []}, r"dtype is \[\]; expected str"),
+        ({"dtype": "int8"}, "dtype is 'int8'"),
+        ({"amp": "fp8"}, "amp is 'fp8'"),
+        ({"augmentation": 3}, "augmentation is 3; expected Mapping or NoneType"),
+        ({"images": 5}, "is broken: TypeError"),
+        ({"layers": [{}]}, "is broken: TypeError"),
+        ({"teacher": {"folder": "teacher", "sha256": None}}, "sha256 is None; expected str"),
+        ({"colour": "red"}, "is broken: TypeError"),
+    ],
+    ids=lambda value: (
+        "-".join(f"{n}={v}" for n, v in value.items()) if isinstance(value, dict) else ""
+    ),
+)
+def test_manifest_with_a_damaged_recipe_is_refused(copied, change, message):
+    file = copied / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["recipe"] |= change
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=message):
+        TeacherCache.open(copied)
+
+
+@pytest.mark.parametrize(
+    "grids",
+    [[], [[[4, 4]]], [[[4]]] * 5, [[["x", 4]]] * 5, [[[float("inf"), 4]]] * 5],
+    ids=["none", "of one image", "without width", "no number", "infinite"],
+)
+def test_manifest_with_damaged_grids_is_refused(copied, grids):
+    file = copied / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["shards"][0]["grids"] = grids
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=r"manifest\.json is broken"):
+        TeacherCache.open(copied)
+
+
+@pytest.mark.parametrize(
+    "files", [{"config.json": None}, {"../config.json": "0"}, ["config.json"], None], ids=str
+)
+def test_manifest_with_damaged_teacher_files_is_refused(copied, files):
+    file = copied / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"teacher_files": files}))
+    with pytest.raises(InputError, match=r"manifest\.json is broken"):
+        TeacherCache.open(copied)
+
+
 def test_fewer_images_in_another_order_are_found(tiny_cache, data):
     folder, file, document = data
     kept = [document["images"][number] for number in (7, 2, 10)]

@@ -1,11 +1,12 @@
 """A cache is complete or says so, and goes on where its complete shards end."""
 
 import dataclasses
+import json
 
 import pytest
 
 from attn_kd.errors import InputError
-from attn_kd.training import TeacherCache
+from attn_kd.training import TeacherCache, teacher_cache_writer
 from attn_kd.training.teacher_cache_writer import write_cache
 
 
@@ -80,6 +81,36 @@ def test_log_line_that_was_cut_short_does_not_count(make, tiny_cache, tmp_path):
     assert cache.shards == tiny_cache.shards
 
 
+def test_log_line_that_is_no_text_does_not_count(make, tiny_cache, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        make(stop_at=11)
+    with open(tmp_path / "cache" / "shards.jsonl", "ab") as log:
+        log.write(b'{"file": "sh\xff\xfe')
+    cache, computed = make()
+    assert computed == [10, 11]
+    assert cache.shards == tiny_cache.shards
+
+
+def test_shard_that_is_listed_with_too_few_grids_is_computed_anew(make, tiny_cache, tmp_path):
+    make()
+    file = tmp_path / "cache" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["shards"][1]["grids"].pop()
+    file.write_text(json.dumps(manifest))
+    cache, computed = make()
+    assert computed == list(range(5, 10))
+    assert cache.shards == tiny_cache.shards
+
+
+@pytest.mark.parametrize("content", ['{"recipe": {"images": 3}}', "[]", "{"], ids=str)
+def test_damaged_recipe_is_named(make, tmp_path, content):
+    with pytest.raises(KeyboardInterrupt):
+        make(stop_at=7)
+    (tmp_path / "cache" / "unfinished.json").write_text(content)
+    with pytest.raises(InputError, match=r"unfinished\.json (is|holds)"):
+        make()
+
+
 def test_damaged_shard_of_a_complete_cache_is_computed_anew(make, tiny_cache, tmp_path):
     make()
     damage(tmp_path / "cache" / "shard-00001.safetensors")
@@ -100,6 +131,72 @@ def test_what_a_killed_run_was_writing_is_removed(make, tmp_path):
     (tmp_path / "cache" / ".shard-00001-0123456789abcdef.safetensors").write_bytes(b"half")
     cache, _ = make()
     assert not any(path.name.startswith(".") for path in cache.folder.iterdir())
+
+
+class Killed(BaseException):
+    """Nobody expects it."""
+
+
+@pytest.fixture
+def kill_after(monkeypatch):
+    """Lets so many files be written, and then, if asked, half of another one."""
+
+    def kill_after(writes, *, half):
+        left = iter(range(writes))
+        write = teacher_cache_writer._write
+
+        def limited(path, content):
+            if next(left, None) is None:
+                if half:
+                    hidden = f".{path.stem}-0123456789abcdef{path.suffix}"
+                    path.parent.mkdir(exist_ok=True)
+                    (path.parent / hidden).write_bytes(content[: len(content) // 2])
+                raise Killed
+            write(path, content)
+
+        monkeypatch.setattr(teacher_cache_writer, "_write", limited)
+
+    yield kill_after
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["between files", "within a file"])
+@pytest.mark.parametrize("replaced", [False, True], ids=["new folder", "over another cache"])
+@pytest.mark.parametrize("writes", range(6))  # recipe, teacher, shards and manifest
+def test_killed_run_goes_on_after_every_write(
+    make, tiny_cache, kill_after, monkeypatch, writes, replaced, half
+):
+    if replaced:
+        make(images_per_shard=12)
+    kill_after(writes, half=half)
+    with pytest.raises(Killed):
+        make(overwrite=replaced)
+    monkeypatch.undo()
+    cache, _ = make(overwrite=replaced)
+    cache.verify()
+    assert contents(cache.folder) == contents(tiny_cache.folder)
+    assert cache.shards == tiny_cache.shards
+    assert {path.name for path in (cache.folder / "teacher").iterdir()} == {"config.json"}
+    assert not any(path.name.startswith(".") for path in cache.folder.iterdir())
+
+
+@pytest.mark.parametrize("writes", range(6))
+def test_killed_run_can_be_replaced_after_every_write(make, kill_after, monkeypatch, writes):
+    kill_after(writes, half=False)
+    with pytest.raises(Killed):
+        make()
+    monkeypatch.undo()
+    cache, _ = make(images_per_shard=12, overwrite=True)
+    cache.verify()
+    assert set(contents(cache.folder)) == {"shard-00000.safetensors"}
+
+
+def test_files_of_another_teacher_do_not_stay(make, tmp_path):
+    make()
+    stale = tmp_path / "cache" / "teacher" / "training.json"
+    stale.write_text("{}")
+    cache, _ = make(images_per_shard=12, overwrite=True)
+    assert [path.name for path in cache.teacher_folder().iterdir()] == ["config.json"]
 
 
 @pytest.mark.parametrize("stop_at", [None, 7], ids=["complete", "interrupted"])
