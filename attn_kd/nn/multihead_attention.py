@@ -25,6 +25,8 @@ class MultiheadAttention(TapCarrier, nn.MultiheadAttention):
       then returns (output, None) whatever it is asked for.
     - A query that sees no key gives output 0 (before the output projection) and a map of zeros,
       where torch's map, and often its output, are NaN.
+    - A value of -1e6 or less in an additive mask hides the key, as -inf does. torch adds it up: a
+      row of nothing but such values is 0 here, and there an average over all keys.
     - `is_causal=True` asks for an `attn_mask`, as in torch, and is otherwise ignored: the mask
       itself is applied.
     - An additive mask that requires grad gets its gradient by the slow path too, and cannot be
@@ -168,7 +170,10 @@ class MultiheadAttention(TapCarrier, nn.MultiheadAttention):
         if (wants_map or learned_mask) and not carries_tap(self):
             weights = F.dropout(attention_map(query, key, mask), dropout_p)
             return weights @ value, weights if wants_map else None
-        output = carried_attention(self, query, key, value, attn_mask=mask, dropout_p=dropout_p)
+        if query.numel() == 0 and not carries_tap(self):  # no image or no query; torch takes those
+            output = query @ key.mT @ value
+        else:
+            output = carried_attention(self, query, key, value, attn_mask=mask, dropout_p=dropout_p)
         return output, attention_map(query, key, mask) if wants_map else None
 
     def _check_tokens(self, query: Tensor, key: Tensor, value: Tensor) -> None:

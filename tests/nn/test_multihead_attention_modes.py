@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import attn_kd.nn
-from tests.nn.layers import both, cross_tokens, padding, run, self_tokens
+from tests.nn.layers import KEYS, QUERIES, Tokens, both, cross_tokens, padding, run, self_tokens
 
 
 def test_dropout_of_an_open_map_is_that_of_torch():
@@ -66,14 +66,12 @@ def test_autocast(masked):
 @pytest.mark.parametrize("need_weights", [False, True], ids=["output", "output+map"])
 def test_compiled_layer_is_one_graph(need_weights):
     torch._dynamo.reset()
-    _, layer = both()
+    theirs, layer = both()
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
     arguments = {"key_padding_mask": padding(), "need_weights": need_weights}
     tokens = cross_tokens()
-    torch.testing.assert_close(
-        run(compiled._orig_mod, tokens, **arguments), run(layer, tokens, **arguments)
-    )
-    expected = run(layer, tokens, **arguments)
+    expected = run(theirs, tokens, **arguments)
+    torch.testing.assert_close(run(layer, tokens, **arguments), expected)
     actual = {
         name.replace("_orig_mod.", ""): x for name, x in run(compiled, tokens, **arguments).items()
     }
@@ -95,3 +93,26 @@ def test_copies_compute_the_same(copied):
     assert not {p.data_ptr() for p in copy_.parameters()} & {
         p.data_ptr() for p in layer.parameters()
     }
+
+
+@pytest.mark.parametrize("need_weights", [False, True], ids=["output", "output+map"])
+@pytest.mark.parametrize("empty", ["batch", "queries"])
+def test_empty_input_gives_an_empty_output(empty, need_weights):
+    query, key, value = cross_tokens()
+    if empty == "batch":
+        query, key, value = query[:, :0], key[:, :0], value[:, :0]
+    else:
+        query = query[:0]
+    tokens = Tokens(query, key, value)
+    theirs, ours = (run(layer, tokens, need_weights=need_weights) for layer in both())
+    assert ours["output"].numel() == 0
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("need_weights", [False, True], ids=["output", "output+map"])
+def test_row_of_finite_lowest_biases_sees_no_key(need_weights):
+    _, layer = both(bias=False)
+    tokens = cross_tokens()
+    mask = torch.full((QUERIES, KEYS), -1e6, dtype=torch.float64)
+    output, _ = layer(*tokens, attn_mask=mask, need_weights=need_weights)
+    assert not output.any()
