@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
+
 from torch import nn
 
-from attn_kd.nn.carriers import forget_released
+from attn_kd.nn.carriers import TapCarrier, forget_released
 from attn_kd.nn.multihead_attention import MultiheadAttention, keep_from_fast_path
 
 _USED_NESTED_TENSOR = "_attn_kd_used_nested_tensor"
@@ -16,8 +18,8 @@ def replace_multihead_attention(model: nn.Module, *, returns_weights: bool = Tru
     In place, and nothing is copied: the modules stay the same objects at the same paths and change
     their class, so their parameters, hooks, mode, and whoever refers to them (an optimizer, another
     module) stay what they are. `restore_multihead_attention` undoes it. Subclasses of torch's
-    module are left alone: what they compute is their own. Models of both sides are prepared for
-    distillation by::
+    module are left alone, with a warning: what they compute is their own. Models of both sides are
+    prepared for distillation by::
 
         for model in (teacher, student):  # facebookresearch's DETR, say
             attn_kd.nn.replace_multihead_attention(model, returns_weights=False)
@@ -33,7 +35,8 @@ def replace_multihead_attention(model: nn.Module, *, returns_weights: bool = Tru
         The paths of the replaced modules, as in `named_modules`; a module that occurs several times
         has one path. Empty if there was none.
     """
-    replaced = []
+    replaced: list[str] = []
+    kept: list[str] = []
     for path, module in model.named_modules():
         if isinstance(module, nn.TransformerEncoder) and vars(module).get("use_nested_tensor"):
             # It would hand its layers nested tensors in evaluation mode.
@@ -45,6 +48,14 @@ def replace_multihead_attention(model: nn.Module, *, returns_weights: bool = Tru
             if not returns_weights:
                 vars(module)["returns_weights"] = False
             replaced.append(path)
+        elif isinstance(module, nn.MultiheadAttention) and not isinstance(module, TapCarrier):
+            kept.append(f"{path!r} ({type(module).__name__})")
+    if kept:
+        warnings.warn(
+            f"not replaced, for they are subclasses of torch.nn.MultiheadAttention: "
+            f"{', '.join(kept)}; replace before parametrizing or wrapping a model",
+            stacklevel=2,
+        )
     return replaced
 
 

@@ -74,12 +74,13 @@ def test_hooks_modes_and_shared_modules_stay():
     assert calls == [1]
 
 
-def test_subclasses_are_left_alone():
+def test_subclasses_are_left_alone_with_a_warning():
     class Special(nn.MultiheadAttention):
         pass
 
     model = nn.Sequential(Special(EMBED, HEADS))
-    assert replace_multihead_attention(model) == []
+    with pytest.warns(UserWarning, match=r"not replaced.*'0' \(Special\)"):
+        assert replace_multihead_attention(model) == []
     assert type(model[0]) is Special
 
 
@@ -134,3 +135,10 @@ def test_whole_transformer_of_torch(batch_first, training):
     expected = model(tokens.key, tokens.query, **arguments)
     assert len(replace_multihead_attention(model)) == 2 + 2 * 2
     torch.testing.assert_close(model(tokens.key, tokens.query, **arguments), expected)
+
+
+def test_parametrized_layer_is_left_alone_with_a_warning(model):
+    nn.utils.parametrizations.weight_norm(model.get_submodule(PATHS[1]), "in_proj_weight")
+    with pytest.warns(UserWarning, match=rf"not replaced.*{PATHS[1]}.*Parametrized"):
+        replaced = replace_multihead_attention(model)
+    assert replaced == [path for path in PATHS if path != PATHS[1]]
