@@ -85,7 +85,7 @@ class RunRecord:
         data: :func:`~attn_kd.training.datasets.data_fingerprint` of the training split; ``None``
             where it is not known, as in records written before it was kept.
         teacher_cache: folder of the cache of the teacher that was trained from, and the SHA-256 of
-            its manifest; ``None`` where the teacher ran.
+            its content; ``None`` where the teacher ran.
     """
 
     config: TrainingConfig

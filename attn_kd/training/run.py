@@ -169,6 +169,8 @@ class _Run:
         self.teacher = teacher
         self.cache = None if teacher is None else teacher.cache
         self.views = None if teacher is None else teacher.views(augment=config.augment)
+        if self.cache is not None:
+            self.cache.require_amp(config.amp)
         self.record = RunRecord(
             config,
             None if teacher is None else teacher.identity,

@@ -23,14 +23,16 @@ ones: of the attention map that the stored factors describe, the divergence is e
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from attn_kd.data import CocoDetection
+from attn_kd.data import Augmentation, CocoDetection
 from attn_kd.errors import InputError
 from attn_kd.training.config import read_json
 from attn_kd.training.records import TeacherIdentity
@@ -45,6 +47,7 @@ from attn_kd.training.teacher_cache_format import (
     Shard,
     config_digest,
     described_images,
+    plain_augmentation,
     processor_settings,
     require_intact,
     tensor_name,
@@ -109,8 +112,15 @@ class TeacherCache:
 
     @property
     def identity(self) -> TeacherIdentity:
-        """The folder, and the SHA-256 of the manifest: with it of all that is in the cache."""
-        digest = hashlib.sha256((self.folder / MANIFEST_FILE).read_bytes()).hexdigest()
+        """The folder, and the SHA-256 of all that is in the cache, wherever its teacher was."""
+        recipe = self.recipe.to_dict()
+        del recipe["teacher"]["folder"]
+        content = {
+            "recipe": recipe,
+            "teacher_files": self.teacher_files,
+            "shards": [asdict(shard) for shard in self.shards],
+        }
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         return TeacherIdentity(str(self.folder.resolve()), digest)
 
     def teacher_folder(self) -> Path:
@@ -234,10 +244,29 @@ class TeacherCache:
         """Check that images are as they are in the cache.
 
         Raises:
-            InputError: they are augmented at random and the cache holds them as they are.
+            InputError: they are augmented at random and the cache holds them as they are, or
+                augmented with other settings.
         """
         if augment and self.recipe.views == 1:
             raise InputError(
                 f"augment is True but the teacher cache {self.folder} holds the images as they "
                 "are; expected --no-augment, or a cache made with --views above 1"
+            )
+        now, made = plain_augmentation(Augmentation()), self.recipe.augmentation
+        if augment and made != now:
+            raise InputError(
+                f"the views in the teacher cache {self.folder} are augmented with {made}; expected "
+                f"{now}, or --no-augment"
+            )
+
+    def require_amp(self, amp: str) -> None:
+        """Check that the teacher ran in the mixed precision that a student is trained in.
+
+        Raises:
+            InputError: it ran in another one.
+        """
+        if amp != self.recipe.amp:
+            raise InputError(
+                f"amp is {amp!r} but the teacher of the cache {self.folder} ran with amp "
+                f"{self.recipe.amp!r}; expected the same, or a cache made with --amp {amp}"
             )

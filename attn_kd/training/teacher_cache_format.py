@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hint
 import torch
 from torch import Tensor
 
-from attn_kd.data import CocoDetection
+from attn_kd.data import Augmentation, CocoDetection
 from attn_kd.errors import InputError
 from attn_kd.training.config import MIXED_PRECISIONS, read_json
 from attn_kd.training.records import TeacherIdentity
@@ -208,6 +208,12 @@ def described_images(dataset: CocoDetection) -> tuple[CachedImage, ...]:
         )
         for entry in dataset.image_entries
     )
+
+
+def plain_augmentation(augmentation: Augmentation) -> dict[str, Any]:
+    """The settings as they come back from JSON, with lists for tuples."""
+    settings = dataclasses.asdict(augmentation)
+    return {n: list(v) if isinstance(v, tuple) else v for n, v in settings.items()}
 
 
 def config_digest(teacher: str | os.PathLike) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,6 +36,7 @@ from attn_kd.training.teacher_cache_format import (
     LayerFactors,
     config_digest,
     described_images,
+    plain_augmentation,
     processor_settings,
 )
 from attn_kd.training.teacher_cache_model import teacher_files, token_stride
@@ -55,7 +55,8 @@ class CacheOptions:
         layers: "last", "all", or paths of attention modules of the teacher.
         kinds: kinds of layers that "last" and "all" choose from.
         dtype: of query and key: "float16", "bfloat16" or "float32".
-        amp: mixed precision of the teacher, as of a training with the live teacher.
+        amp: mixed precision of the teacher, as of a training with the live teacher; that from the
+            cache must have the same.
         views: of each image: as it is, the others augmented.
         seed: of the augmentation.
         images_per_shard: in a file.
@@ -133,7 +134,7 @@ def cache_teacher(
             amp=options.amp,
             views=options.views,
             seed=options.seed,
-            augmentation=_plain(augmentation),
+            augmentation=None if augmentation is None else plain_augmentation(augmentation),
             stride=stride,
             images_per_shard=options.images_per_shard,
             images=described_images(dataset),
@@ -156,14 +157,6 @@ def _chosen_layers(teacher: DetrForObjectDetection, options: CacheOptions) -> li
         return list(dict.fromkeys(options.layers))
     start = -1 if options.layers == "last" else 0
     return [path for kind in options.kinds for path in layers_of_kind(teacher, kind)[start:]]
-
-
-def _plain(augmentation: Augmentation | None) -> dict[str, Any] | None:
-    """Its settings as they come back from JSON, with lists for tuples."""
-    if augmentation is None:
-        return None
-    settings = dataclasses.asdict(augmentation)
-    return {n: list(v) if isinstance(v, tuple) else v for n, v in settings.items()}
 
 
 class _Recorder:

@@ -130,3 +130,13 @@ def test_mismatch_of_a_training_is_one_line(cache, data, tmp_path, capsys):
 def test_missing_cache_is_one_line(data, tmp_path, capsys):
     assert distill(data, tmp_path / "out", "--teacher-cache", str(tmp_path / "no")) == 2
     assert "no is no complete teacher cache" in only_line(capsys)
+
+
+def test_damaged_manifest_is_refused_in_one_line(cache, data, tmp_path, capsys):
+    copied = shutil.copytree(cache, tmp_path / "cache")
+    manifest = copied / "manifest.json"
+    manifest.write_text(
+        manifest.read_text().replace('"images_per_shard": 32', '"images_per_shard": 0')
+    )
+    assert distill(data, tmp_path / "out", "--teacher-cache", str(copied), "--no-augment") == 2
+    assert "images_per_shard is 0; expected at least 1" in only_line(capsys)

@@ -179,6 +179,32 @@ def test_its_own_teacher_is_known_wherever_it_is(tiny_cache, tiny_teacher, tmp_p
     tiny_cache.require_teacher(shutil.copytree(tiny_teacher, tmp_path / "moved"))
 
 
+def test_identity_does_not_depend_on_where_the_teacher_was(tiny_cache, copied):
+    file = copied / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["recipe"]["teacher"]["folder"] = "/elsewhere"
+    file.write_text(json.dumps(manifest))
+    assert TeacherCache.open(copied).identity.sha256 == tiny_cache.identity.sha256
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda manifest: manifest["recipe"].update(seed=1),
+        lambda manifest: manifest["recipe"]["teacher"].update(sha256="0"),
+        lambda manifest: manifest["shards"][1].update(sha256="0"),
+        lambda manifest: manifest["teacher_files"].update({"config.json": "0"}),
+    ],
+    ids=["recipe", "weights", "shard", "teacher file"],
+)
+def test_identity_depends_on_all_else(tiny_cache, copied, change):
+    file = copied / "manifest.json"
+    manifest = json.loads(file.read_text())
+    change(manifest)
+    file.write_text(json.dumps(manifest))
+    assert TeacherCache.open(copied).identity.sha256 != tiny_cache.identity.sha256
+
+
 def test_another_teacher_is_refused_by_what_differs(tiny_cache, tiny_teacher, tmp_path):
     other = shutil.copytree(tiny_teacher, tmp_path / "other")
     file = other / "preprocessor_config.json"

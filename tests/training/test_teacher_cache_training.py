@@ -154,6 +154,29 @@ def test_random_augmentation_is_refused_before_the_folder_is_made(
     assert not (tmp_path / "out").exists()
 
 
+def test_other_augmentation_is_refused_before_the_folder_is_made(
+    config, distill, tiny_teacher, tiny_data, tmp_path
+):
+    cache = cache_teacher(tiny_teacher, tiny_data, tmp_path / "cache", CacheOptions(views=2))
+    file = cache.folder / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["recipe"]["augmentation"]["flip"] = 0.25
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(
+        InputError, match=r"augmented with .*'flip': 0\.25.*expected .*'flip': 0\.5"
+    ):
+        distill(config.replace(augment=True), "out", cache.folder)
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_mixed_precision_is_refused_before_the_folder_is_made(
+    config, distill, tiny_cache, tmp_path
+):
+    with pytest.raises(InputError, match=r"amp is 'bf16' but the teacher .* ran with amp 'none'"):
+        distill(config.replace(amp="bf16"), "out", tiny_cache.folder)
+    assert not (tmp_path / "out").exists()
+
+
 def test_layer_that_is_not_kept_is_refused_before_the_folder_is_made(
     config, distill, tiny_teacher, tiny_data, tmp_path
 ):
