@@ -45,32 +45,15 @@ inline vec<T> exp2_fraction(vec<T> f) {
   return q * f + T(1);
 }
 
-#if defined(__AVX512F__)
-// With 16 values of 2^(j/16) in one register, x = n + j/16 + r leaves |r| <= 1/32, and a polynomial
-// of half the degree does: the multiplications are what the kernels' sweeps are limited by.
-inline vec<float> exp2_by_table(vec<float> x) {
-  const __m512 table =
-      _mm512_setr_ps(1.0f, 1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f,
-                     1.29683955f, 1.35425555f, 1.41421356f, 1.47682615f, 1.54221083f, 1.61049033f,
-                     1.68179283f, 1.75625216f, 1.83400809f, 1.91520656f);
-  // Adding 1.5 * 2^19 rounds to sixteenths, and leaves j in the last four bits.
-  const vec<float> rounder = broadcast(786432.0f);
-  x = max_or_second<float>(broadcast(-200.0f), x);  // -inf has no remainder
-  const vec<float> shifted = x + rounder, sixteenths = shifted - rounder;
-  const vec<float> r = x - sixteenths;
-  const vec<float> power = (vec<float>)_mm512_permutexvar_ps((__m512i)shifted, table);
-  const vec<float> q = (r * 0.0555041f + 0.240226507f) * r + 0.693147181f;
-  return (vec<float>)_mm512_scalef_ps((__m512)(power * r * q + power), (__m512)sixteenths);
-}
-#endif
-
 template <class T>
 inline vec<T> exp2(vec<T> x) {
 #if defined(__AVX512F__)
+  // vreduce leaves x - round(x), and 0 for an infinite x; vscalef handles underflow and NaN.
   if constexpr (std::is_same_v<T, float>) {
-    return exp2_by_table(x);
+    const __m512 fraction = _mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+    const __m512 n = _mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+    return (vec<T>)_mm512_scalef_ps((__m512)exp2_fraction<T>((vec<T>)fraction), n);
   } else {
-    // vreduce leaves x - round(x), and 0 for an infinite x; vscalef handles underflow and NaN.
     const __m512d fraction = _mm512_reduce_pd((__m512d)x, _MM_FROUND_TO_NEAREST_INT);
     const __m512d n = _mm512_roundscale_pd((__m512d)x, _MM_FROUND_TO_NEAREST_INT);
     return (vec<T>)_mm512_scalef_pd((__m512d)exp2_fraction<T>((vec<T>)fraction), n);

@@ -2,6 +2,8 @@
 // time and add up in float: how they are made of tensors' rows and of tiles of floats.
 #pragma once
 
+#include <cstring>
+
 #include "gemm.h"
 #include "tile.h"
 
@@ -33,7 +35,7 @@ inline Rows<BFloat16> bfloat16_rows(const Input& x, int64_t b, int64_t h, int64_
 inline void copy_pairs(Rows<BFloat16> src, int64_t rows, int64_t width, Pair* dst, int64_t ld) {
   for (int64_t row = 0; row < rows; ++row, dst += ld) {
     const BFloat16* numbers = src.data + row * src.ld;
-    for (int64_t j = 0; j < width / 2; ++j) dst[j] = pair(numbers[2 * j], numbers[2 * j + 1]);
+    std::memcpy(dst, numbers, static_cast<size_t>(width / 2) * sizeof(Pair));
     if (width % 2) dst[width / 2] = pair(numbers[width - 1], BFloat16{0});
   }
 }
@@ -42,14 +44,19 @@ inline void copy_pairs(Rows<BFloat16> src, int64_t rows, int64_t width, Pair* ds
 // are columns up to ld.
 inline void interleave_rows(Rows<BFloat16> src, int64_t rows, int64_t width, Pair* dst,
                             int64_t ld) {
+  constexpr int64_t kBlock = kLanes<float>;  // of known length, which vectorises without checks
   for (int64_t row = 0; row < rows; row += 2, dst += ld) {
-    const BFloat16* even = src.data + row * src.ld;
-    const BFloat16* odd = even + src.ld;
-    if (row + 1 < rows)
-      for (int64_t j = 0; j < width; ++j) dst[j] = pair(even[j], odd[j]);
-    else
-      for (int64_t j = 0; j < width; ++j) dst[j] = pair(even[j], BFloat16{0});
-    for (int64_t j = width; j < ld; ++j) dst[j].bits = 0;
+    const BFloat16* __restrict even = src.data + row * src.ld;
+    const BFloat16* __restrict odd = even + src.ld;
+    Pair* __restrict pairs = dst;
+    int64_t j = 0;
+    if (row + 1 < rows) {
+      for (; j + kBlock <= width; j += kBlock)
+        for (int64_t i = j; i < j + kBlock; ++i) pairs[i] = pair(even[i], odd[i]);
+      for (; j < width; ++j) pairs[j] = pair(even[j], odd[j]);
+    }
+    for (; j < width; ++j) pairs[j] = pair(even[j], BFloat16{0});
+    for (; j < ld; ++j) pairs[j].bits = 0;
   }
 }
 
