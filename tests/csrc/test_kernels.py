@@ -26,7 +26,10 @@ from tests.ops.cases import (
 
 pytestmark = pytest.mark.usefixtures("instruction_set")
 
-both_accumulations = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
+# bfloat16 stands for the dot products of the instruction set that has them.
+every_arithmetic = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16], ids=name_of
+)
 every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES)
 every_reduction = pytest.mark.parametrize("head_reduction", HEAD_REDUCTIONS)
 
@@ -47,7 +50,7 @@ def check(
     assert_as_accurate_as_eager(actual, inputs, cotangents, roundings=roundings, **options)
 
 
-@both_accumulations
+@every_arithmetic
 @every_divergence
 @pytest.mark.parametrize("head_dim", [1, 3, 8, 17, 32, 40, 64, 80, 128, 256])
 def test_head_dims(head_dim, divergence, dtype):
@@ -55,21 +58,21 @@ def test_head_dims(head_dim, divergence, dtype):
     check(sizes, dtype, divergence=divergence)
 
 
-@both_accumulations
+@every_arithmetic
 @every_divergence
 @pytest.mark.parametrize("count", QUERIES)
 def test_queries_around_the_panels(count, divergence, dtype):
     check(Sizes(B=1, H=2, Lq=count, Lk=50), dtype, divergence=divergence)
 
 
-@both_accumulations
+@every_arithmetic
 @every_divergence
 @pytest.mark.parametrize("count", KEYS)
 def test_keys_around_the_tiles(count, divergence, dtype):
     check(Sizes(B=1, H=2, Lq=35, Lk=count), dtype, divergence=divergence)
 
 
-@both_accumulations
+@every_arithmetic
 @every_divergence
 @pytest.mark.parametrize("count", [511, 512, 513, 1025])
 def test_keys_around_the_chunks(count, divergence, dtype):
@@ -80,13 +83,14 @@ def test_keys_around_the_chunks(count, divergence, dtype):
 
 
 @every_divergence
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 @pytest.mark.parametrize("rows", range(1, 18))
-def test_every_number_of_rows_left_over(rows, divergence):
+def test_every_number_of_rows_left_over(rows, dtype, divergence):
     """Of micro-kernels (keys, and the columns of values and keys) and of vectors of lanes."""
-    check(Sizes(B=1, H=1, Lq=rows, Lk=rows, D=rows, Dv=rows, Dt=rows), divergence=divergence)
+    check(Sizes(B=1, H=1, Lq=rows, Lk=rows, D=rows, Dv=rows, Dt=rows), dtype, divergence=divergence)
 
 
-@both_accumulations
+@every_arithmetic
 @every_divergence
 @pytest.mark.parametrize(
     "Lq", [4 * 64, 4 * 64 + 1, 5 * 64 - 3, 9 * 64], ids=lambda n: f"{n} queries"
@@ -223,7 +227,7 @@ def test_padding_lanes_hold_nothing_of_the_previous_panel():
         assert torch.equal(first[name][:, :, 64:], second[name][:, :, 64:]), name
 
 
-@both_accumulations
+@every_arithmetic
 @every_reduction
 def test_results_do_not_depend_on_what_memory_held(head_reduction, dtype):
     """Every element of every result is written, and no scratch is read before it is."""
@@ -242,3 +246,17 @@ def test_results_do_not_depend_on_what_memory_held(head_reduction, dtype):
     finally:
         torch.use_deterministic_algorithms(before)
     assert_equal(second, first)
+
+
+@every_arithmetic
+def test_gradients_of_rows_that_see_no_key_go_nowhere(dtype):
+    """Not even NaN."""
+    sizes = Sizes(B=1, H=2, Lq=37, Lk=61)
+    inputs, cotangents = random_inputs(sizes, dtype), random_cotangents(sizes, dtype)
+    mask = torch.rand(sizes.Lq, sizes.Lk) > 0.3
+    mask[[3, 36]] = False
+    expected = run_backend("cpu", inputs, cotangents, attn_mask=mask)
+    output = cotangents.output.clone()
+    output[:, :, [3, 36]] = torch.nan
+    actual = run_backend("cpu", inputs, cotangents._replace(output=output), attn_mask=mask)
+    assert_equal(actual, expected)

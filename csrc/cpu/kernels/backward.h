@@ -163,6 +163,11 @@ class BackwardWorker {
                            value_ld_);
       Precision::read_panel(p_.grad_output, b, h, row, rows, value_dim_, 1, panel_rows_,
                             grad_output_);
+      const T* inverse_sum =
+          static_cast<const T*>(p_.inverse_sum) + (b * p_.heads + h) * p_.query_length + row;
+      for (int64_t i = 0; i < rows; ++i)
+        if (inverse_sum[i] == 0)  // sees no key: no gradient, whatever came in
+          Precision::clear_row(i, value_dim_, grad_output_rows_, value_ld_, grad_output_);
     }
   }
 

@@ -81,8 +81,8 @@ class Bias {
   }
 
  private:
-  // values_[key, row] from the pairs that begin at `mask`. Lanes without a row keep what they held:
-  // nothing is taken from them.
+  // values_[key, row] from the pairs that begin at `mask`. Lanes without a row, up to the next
+  // whole vector, are masked: what memory held must not reach a product of two rows at a time.
   template <class S>
   bool read(const S* mask, int64_t rows, int64_t keys) {
     const int64_t distinct = per_key_ ? 1 : rows, stride = per_key_ ? 1 : kPanel<T>;
@@ -93,6 +93,9 @@ class Bias {
         values_[key * stride + row] = bias;
         any_visible |= bias != kMasked<T>;
       }
+    for (int64_t key = 0; !per_key_ && key < keys; ++key)
+      for (int64_t lane = rows; lane < round_up(rows, kLanes<T>); ++lane)
+        values_[key * kPanel<T> + lane] = kMasked<T>;
     return any_visible;
   }
 

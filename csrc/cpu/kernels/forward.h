@@ -144,7 +144,7 @@ struct QueryPanel {
 
  private:
   struct Lanes {
-    int64_t count;  // 0 for a panel that the task does not use, which then takes no memory
+    int64_t count;  // 0 for a panel that the task does not use, which takes its sums alone
   };
   QueryPanel(const ForwardProblem& p, Scratch<T>& scratch, Lanes lanes)
       : query(Precision::take(scratch, lanes.count * Precision::depth(p.head_dim))),
@@ -154,7 +154,8 @@ struct QueryPanel {
         sums(scratch) {}
 };
 
-// One thread's forward work; its scratch does not depend on the sequence lengths.
+// One thread's forward work; its scratch does not grow with the sequences (but with the number of
+// teacher keys that make a key).
 template <class Div, bool kTeacherLse, class Precision>
 class ForwardWorker {
   using T = typename Precision::Number;

@@ -1,9 +1,9 @@
-// The one matrix product of the library: C[M, N] (+)= A[M, K] · B[K, N], operands in scratch
-// memory.
+// The one matrix product of the library: C[M, N] (+)= A[M, K] · B[K, N].
 //
-// B and C hold whole vectors along N; A is read one scalar at a time and broadcast, so it may be
-// stored either way round. Every product of the fused operator is brought into this form without
-// transposing a tile (see forward.h and backward.h), which leaves a single micro-kernel to tune.
+// B and C lie in scratch memory, whole vectors along N; A is read one number, or pair of bfloat16
+// numbers, at a time and broadcast, so it may lie anywhere, either way round. Every product of the
+// fused operator is brought into this form without transposing a tile (see forward.h and
+// backward.h), which leaves a single micro-kernel to tune.
 #pragma once
 
 #include <utility>

@@ -24,9 +24,12 @@ void merge_groups(T* tile, int64_t keys, int64_t group, int64_t vectors, const T
       vec<T> highest = load(members);
       for (int64_t g = 1; g < group; ++g)
         highest = max_or_second<T>(load(members + g * kPanel<T>), highest);
+      const auto empty = highest == -static_cast<T>(__builtin_inf());
+      const vec<T> base = empty ? vec<T>{} : highest;
       vec<T> sum{};
-      for (int64_t g = 0; g < group; ++g) sum += exp2<T>(load(members + g * kPanel<T>) - highest);
-      store<T>(tile + key * kPanel<T> + lane, highest + origin + log2<T>(share * sum));
+      for (int64_t g = 0; g < group; ++g) sum += exp2<T>(load(members + g * kPanel<T>) - base);
+      const vec<T> merged = base + origin + log2<T>(empty ? broadcast(T(1)) : share * sum);
+      store<T>(tile + key * kPanel<T> + lane, empty ? highest : merged);
     }
   }
 }

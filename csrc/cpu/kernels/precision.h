@@ -78,6 +78,12 @@ struct PairPrecision {
                          int64_t width, double, Pair* copy, Pair* panel) {
     transpose_pairs_to_panel(bfloat16_rows(x, b, h, first), rows, width, copy, panel);
   }
+  // Zeroes one of the rows that read_rows and read_panel have read.
+  static void clear_row(int64_t row, int64_t width, Pair* rows, int64_t ld, Pair* panel) {
+    const uint32_t other_row = row % 2 ? 0x0000ffffu : 0xffff0000u;
+    for (int64_t j = 0; j < width; ++j) rows[row / 2 * ld + j].bits &= other_row;
+    for (int64_t j = 0; j < depth(width); ++j) panel[j * kPanel<float> + row].bits = 0;
+  }
   static float logit_factor(double scale) { return static_cast<float>(scale * kLog2e); }
 
   static const Pair* as_columns(const float*, int64_t keys, int64_t vectors, const Pair* rows,

@@ -81,8 +81,7 @@ inline vec<T> max_or_second(vec<T> a, vec<T> b) {
   return a > b ? a : b;
 }
 
-// Lane-wise equality of bits with a scalar, reduced: true when every lane of a equals the same lane
-// of b.
+// Whether every lane of a equals the same lane of b, as numbers do: never where one is NaN.
 template <class T>
 inline bool all_equal(vec<T> a, vec<T> b) {
 #if defined(__AVX512F__)
