@@ -88,6 +88,11 @@ void run_teacher_lse(const ForwardProblem& p, const Tensor& like, at::ScalarType
 void run_two_passes(ForwardProblem& p, const Tensor& like, at::ScalarType accumulation) {
   const bool in_double = accumulation == at::kDouble;
   const bool wants_lse = p.given_teacher_lse == nullptr, pairs = p.heads == p.teacher_heads;
+  Tensor teacher_lse_rest;
+  if (wants_lse) {
+    teacher_lse_rest = empty({p.batch, p.teacher_heads, p.query_length}, like, accumulation);
+    p.teacher_lse_rest = teacher_lse_rest.mutable_data_ptr();
+  }
   ForwardProblem first = p;
   first.average_heads = false;
   if (wants_lse && pairs) {
@@ -243,10 +248,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_kl_backward(
                      attn_mask, dropout_seed,
                      {scale, teacher_scale, divergence, head_reduction, dropout_p});
   BackwardProblem p{in.problem()};
-  // One-pass reverse_kl alone needs no LSE: its correction says it all.
-  const bool needs_lse = p.two_pass() || (teacher && p.divergence != Divergence::reverse_kl);
-  TORCH_CHECK_VALUE(!needs_lse || in.teacher_lse(),
-                    "attn_kd: teacher_lse is missing beside grad_kl");
+  TORCH_CHECK_VALUE(!teacher || in.teacher_lse(), "attn_kd: teacher_lse is missing beside grad_kl");
   p.teacher_lse = in.teacher_lse() ? in.teacher_lse()->const_data_ptr() : nullptr;
   const at::ScalarType accumulation = accumulation_type(query);
   const BackwardRows rows(row_state, grad_kl, grad_lse, p, accumulation);

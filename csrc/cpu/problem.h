@@ -90,7 +90,8 @@ struct ForwardProblem : Problem {
   Output output;  // [B, H, Lq, Dv]
   void* kl = nullptr;
   void* lse = nullptr;
-  void* teacher_lse = nullptr;  // written when not given
+  void* teacher_lse = nullptr;       // written when not given
+  void* teacher_lse_rest = nullptr;  // likewise, where wanted: what rounding dropped of it
   void* origin = nullptr;
   void* inverse_sum = nullptr;
   void* correction = nullptr;

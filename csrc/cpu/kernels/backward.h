@@ -83,7 +83,7 @@ class BackwardWorker {
         rounded_columns_(Precision::take(scratch, rounded_elements())),
         zeros_(scratch.take(P)),
         minus_origin_(scratch.take(P)),
-        minus_teacher_lse_(scratch.take(P)),
+        minus_teacher_origin_(scratch.take(P)),
         offset_(scratch.take(P)),
         slope_(scratch.take(P)),
         bias_(problem.mask, scratch, tile_keys_),
@@ -188,11 +188,18 @@ class BackwardWorker {
       vec<T> offset = read(p_.grad_lse, lane) - output_gradient(lane, rows);
       if constexpr (Div::kTeacher) {
         const vec<T> grad = read(p_.grad_kl, lane);
-        const vec<T> teacher_lse = read(p_.teacher_lse, lane) * T(kLog2e) - T(p_.group_shift());
-        store<T>(minus_teacher_lse_ + lane, sees ? -teacher_lse : vec<T>{});
-        const vec<T> correction = read(p_.correction, lane) + log_factor * T(kLn2);
-        offset += Div::template row_offset<T>(grad, correction);
-        const vec<T> slope = Div::template row_slope<T>(grad, factor);
+        vec<T> slope{};
+        for (int64_t i = 0; i < kLanes<T> && lane + i < rows; ++i) {
+          // In double: what is rounded here is common to all keys of the row.
+          const auto* lses = static_cast<const T*>(p_.teacher_lse);
+          const auto* corrections = static_cast<const T*>(p_.correction);
+          const double lse = kLog2e * lses[at + lane + i] - p_.group_shift();
+          const double correction = corrections[at + lane + i] + kLn2 * log_factor[i];
+          const T origin = static_cast<T>(Div::teacher_origin(lse, correction));
+          minus_teacher_origin_[lane + i] = sees[i] ? -origin : T(0);
+          offset[i] += static_cast<T>(Div::row_offset(grad[i], correction, origin - lse));
+          slope[i] = static_cast<T>(Div::row_slope(grad[i], factor[i], origin - lse));
+        }
         store<T>(slope_ + lane, sees ? slope : vec<T>{});
       }
       store<T>(minus_origin_ + lane, log_factor - read(p_.origin, lane));
@@ -250,7 +257,7 @@ class BackwardWorker {
     if constexpr (Div::kTeacher)
       logit_tile<Precision>(keys, teacher_keys(1), vectors, p_.teacher_dim,
                             teacher_key_.rows(teacher_keys(key)), teacher_query_, p_.teacher_scale,
-                            minus_teacher_lse_, zeros_, bias_, teacher_logits_);
+                            minus_teacher_origin_, zeros_, bias_, teacher_logits_);
     // With no gradient of the output the depth is 0, and the product writes zeros.
     constexpr Sum kSum = Precision::kFoldFactors ? Sum::alone : Sum::scaled_plus_row;
     gemm<false, kSum, P>(keys, vectors, Precision::depth(value_dim_), value_.rows(key),
@@ -301,7 +308,7 @@ class BackwardWorker {
   Element *panel_rows_, *query_, *teacher_query_, *grad_output_;
   T *grad_query_, *logits_, *teacher_logits_, *grad_probability_;
   Element *rounded_map_, *rounded_rows_, *rounded_columns_;
-  T *zeros_, *minus_origin_, *minus_teacher_lse_, *offset_, *slope_;
+  T *zeros_, *minus_origin_, *minus_teacher_origin_, *offset_, *slope_;
   Bias<T> bias_;
   Dropout<T> dropout_;
 };

@@ -73,13 +73,18 @@ struct ReverseKL {
   static T correction(T sum, T student_sum, T shift) {
     return T(kLn2) * (sum / student_sum + shift);
   }
-  template <class T>
-  static vec<T> row_offset(vec<T> grad, vec<T> correction) {
-    return -grad * correction;
+  // What the gradient measures the teacher's logits from: so that sum a u vanishes, and with it
+  // the offset. Both are common to all keys of a row, and so would be their roundings, which the
+  // products with the keys would then add up.
+  static double teacher_origin(double teacher_lse, double correction) {
+    return teacher_lse - correction * kLog2e;
   }
-  template <class T>
-  static vec<T> row_slope(vec<T> grad, vec<T> inverse_sum) {
-    return grad * T(kLn2) * inverse_sum;
+  // `moved` is by how much the origin, once rounded, lies above the LSE.
+  static double row_offset(double grad, double correction, double moved) {
+    return -grad * (correction + kLn2 * moved);
+  }
+  static double row_slope(double grad, double inverse_sum, double) {
+    return grad * kLn2 * inverse_sum;
   }
   template <class V>
   static V grad_logit(V p, V, V u, V grad_probability, V slope) {
@@ -120,14 +125,9 @@ struct ForwardKL {
   static T correction(T, T, T) {
     return 0;
   }
-  template <class T>
-  static vec<T> row_offset(vec<T> grad, vec<T>) {
-    return grad;
-  }
-  template <class T>
-  static vec<T> row_slope(vec<T> grad, vec<T>) {
-    return grad;
-  }
+  static double teacher_origin(double teacher_lse, double) { return teacher_lse; }
+  static double row_offset(double grad, double, double) { return grad; }
+  static double row_slope(double grad, double, double moved) { return grad * (1 + kLn2 * moved); }
   template <class V>
   static V grad_logit(V p, V b, V, V grad_probability, V slope) {
     return p * grad_probability - slope * b;

@@ -279,25 +279,35 @@ class ForwardWorker {
       const double sum = static_cast<double>(sums.sum[row]), log_sum = __builtin_log2(sum);
       const double lse = sees_no_key ? -__builtin_inf() : sums.max[row] + log_sum;
       static_cast<T*>(p_.lse)[at + row] = static_cast<T>(kLn2 * lse);
-      if constexpr (Div::kTeacher) finish_divergence(sums, row, at, sees_no_key, log_sum);
+      if constexpr (Div::kTeacher) finish_divergence(panel, row, at, sees_no_key, log_sum);
     }
     transpose_from_panel(panel.output, panel.rows, p_.value_dim, factor, rows_, p_.value_dim);
     store_rows(rows_, p_.value_dim, T(1), p_.output, b, h, panel.first_row, panel.rows,
                p_.value_dim);
   }
 
-  void finish_divergence(const RunningSums<T>& sums, int64_t row, int64_t at, bool sees_no_key,
-                         double log_sum) {
+  void finish_divergence(const QueryPanel<Precision>& panel, int64_t row, int64_t at,
+                         bool sees_no_key, double log_sum) {
+    const RunningSums<T>& sums = panel.sums;
     const double weighted = sums.weighted[row], sum = sums.sum[row];
     const double teacher_sum = sums.teacher_sum[row];
-    double teacher_log_sum = 0, shift = 0;  // with a given LSE
-    if constexpr (!kTeacherLse) {
+    // What the teacher's logits were measured from, and what the backward pass will measure them
+    // from but for roundings of its own: the LSE as it is stored.
+    double origin, teacher_log_sum, stored_lse;
+    if constexpr (kTeacherLse) {
+      origin = -static_cast<double>(panel.teacher_start[row]);
+      stored_lse =
+          kLog2e * static_cast<const T*>(p_.given_teacher_lse)[at + row] - p_.group_shift();
+      teacher_log_sum = stored_lse - origin;
+    } else {
+      origin = sums.teacher_max[row];
       teacher_log_sum = __builtin_log2(teacher_sum);
-      const double teacher_max = sums.teacher_max[row] + p_.group_shift();
-      const T lse = static_cast<T>(kLn2 * (teacher_max + teacher_log_sum));
-      shift = kLog2e * lse - teacher_max;  // the backward pass measures from the rounded LSE
-      static_cast<T*>(p_.teacher_lse)[at + row] =
-          sees_no_key ? static_cast<T>(-__builtin_inf()) : lse;
+      const double lse = kLn2 * (origin + teacher_log_sum + p_.group_shift());
+      const T rounded = sees_no_key ? static_cast<T>(-__builtin_inf()) : static_cast<T>(lse);
+      stored_lse = kLog2e * rounded - p_.group_shift();
+      static_cast<T*>(p_.teacher_lse)[at + row] = rounded;
+      if (p_.teacher_lse_rest)
+        static_cast<T*>(p_.teacher_lse_rest)[at + row] = static_cast<T>(lse - rounded);
     }
     if (sees_no_key) {
       static_cast<T*>(p_.kl)[at + row] = 0;
@@ -306,7 +316,7 @@ class ForwardWorker {
     static_cast<T*>(p_.kl)[at + row] =
         static_cast<T>(kLn2 * Div::finish(weighted, sum, teacher_sum, log_sum, teacher_log_sum));
     static_cast<T*>(p_.correction)[at + row] =
-        static_cast<T>(Div::correction(weighted, sum, shift));
+        static_cast<T>(Div::correction(weighted, sum, stored_lse - origin));
   }
 
   const ForwardProblem& p_;

@@ -18,9 +18,10 @@ inline constexpr int64_t kGroupKeys = 48;
 
 // What the first pass left of every row.
 struct KnownRows {
-  const void* origin;       // [B, H, Lq], base 2
-  const void* inverse_sum;  // [B, H, Lq]
-  const void* teacher_lse;  // [B, Ht, Lq]
+  const void* origin;                      // [B, H, Lq], base 2
+  const void* inverse_sum;                 // [B, H, Lq]
+  const void* teacher_lse;                 // [B, Ht, Lq]
+  const void* teacher_lse_rest = nullptr;  // likewise, what rounding dropped of it, if known
 };
 
 // p = 2^logit in place, and average += weight * p.
@@ -169,9 +170,13 @@ class GroupMaps {
     const int64_t seen_by = teacher_heads_ == heads_ ? first_head_ + i : first_head_;
     const T* inverse_sum = row_values(known_.inverse_sum, p_.heads, seen_by);
     const T* lse = row_values(known_.teacher_lse, p_.teacher_heads, first_head_ + i);
+    const T* rest = known_.teacher_lse_rest
+                        ? row_values(known_.teacher_lse_rest, p_.teacher_heads, first_head_ + i)
+                        : zeros_;
     for (int64_t row = 0; row < row_count_; ++row) {
       if (inverse_sum[row] == 0) continue;
-      const double exact = p_.group_shift() - kLog2e * static_cast<double>(lse[row]);
+      const double exact_lse = static_cast<double>(lse[row]) + static_cast<double>(rest[row]);
+      const double exact = p_.group_shift() - kLog2e * exact_lse;
       start[row] = static_cast<T>(exact);
       const double dropped = exact - static_cast<double>(start[row]);
       weight[row] = static_cast<T>((1 + kLn2 * dropped) / static_cast<double>(teacher_heads_));

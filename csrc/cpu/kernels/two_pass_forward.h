@@ -56,7 +56,9 @@ class TwoPassForwardWorker {
  public:
   TwoPassForwardWorker(const ForwardProblem& problem, Scratch<T>& scratch)
       : p_(problem),
-        maps_(problem, {problem.origin, problem.inverse_sum, teacher_lse(problem)}, scratch),
+        maps_(problem,
+              {problem.origin, problem.inverse_sum, teacher_lse(problem), problem.teacher_lse_rest},
+              scratch),
         correction_(scratch.take(maps_.heads() * P)) {}
 
   void rows(int64_t b, int64_t first_head, int64_t first_row) {
