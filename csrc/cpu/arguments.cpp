@@ -104,6 +104,11 @@ Arguments::Arguments(const Tensor& query, const Tensor& key, const Tensor& value
   set_dropout(dropout_seed, options.dropout_p);
 }
 
+at::DimVector Arguments::kl_shape() const {
+  if (mean_of_heads_) return {problem_.batch, problem_.query_length};
+  return {problem_.batch, problem_.heads, problem_.query_length};
+}
+
 void Arguments::set_student(const Tensor& query, const Tensor& key, const Tensor& value,
                             const Options& options) {
   TORCH_CHECK_VALUE(query.dim() == 4 && key.dim() == 4 && value.dim() == 4,
@@ -140,8 +145,9 @@ void Arguments::set_teacher(const Tensor& query, const Tensor& key, const Option
                     "attn_kd: teacher_query and teacher_key must have 4 dimensions");
   Problem& p = problem_;
   p.divergence = parse_divergence(options.divergence);
-  p.average_heads = parse_head_reduction(options.head_reduction);
-  p.teacher_heads = p.average_heads ? query.size(1) : p.heads;
+  mean_of_heads_ = parse_head_reduction(options.head_reduction);
+  p.teacher_heads = mean_of_heads_ ? query.size(1) : p.heads;
+  p.average_heads = mean_of_heads_ && (p.heads > 1 || p.teacher_heads > 1);
   p.teacher_dim = query.size(3);
   p.teacher_keys_per_key = std::max<int64_t>(1, key.size(2) / p.key_length);
   check_tensor("teacher_query", query,

@@ -1,6 +1,7 @@
 // The operators' arguments, checked and described to the kernels.
 #pragma once
 
+#include <ATen/core/DimVector.h>
 #include <ATen/core/Tensor.h>
 
 #include <optional>
@@ -50,6 +51,8 @@ class Arguments {
             const OptionalTensor& dropout_seed, const Options& options);
 
   const Problem& problem() const { return problem_; }
+  // Of kl and its gradient: [B, H, Lq], or [B, Lq] of averaged maps.
+  at::DimVector kl_shape() const;
   // [B, Ht, Lq] in the accumulation type, where it was given.
   const OptionalTensor& teacher_lse() const { return teacher_lse_; }
 
@@ -62,6 +65,7 @@ class Arguments {
   void set_dropout(const OptionalTensor& seed, double probability);
 
   at::Tensor query_, key_, value_;
+  bool mean_of_heads_ = false;
   OptionalTensor teacher_query_, teacher_key_, teacher_lse_, mask_;
   Problem problem_;
 };

@@ -126,12 +126,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_kl_forward(
 
   const at::ScalarType accumulation = accumulation_type(query);
   const std::array rows{p.batch, p.heads, p.query_length};
-  const std::array group_rows{p.batch, p.query_length};
   Tensor out = empty_heads_after_length(p.batch, p.heads, p.query_length, p.value_dim, query);
   Tensor lse = empty(rows, query, accumulation);
-  Tensor kl = !teacher          ? empty({0}, query, accumulation)
-              : p.average_heads ? empty(group_rows, query, accumulation)
-                                : empty(rows, query, accumulation);
+  Tensor kl = teacher ? empty(in.kl_shape(), query, accumulation) : empty({0}, query, accumulation);
   Tensor own_teacher_lse =
       computes_teacher_lse ? empty({p.batch, p.teacher_heads, p.query_length}, query, accumulation)
                            : empty({0}, query, accumulation);
@@ -191,16 +188,14 @@ struct BackwardRows {
   OptionalTensor grad_kl, grad_lse;
 
   BackwardRows(const Tensor& row_state, const OptionalTensor& grad_of_kl,
-               const OptionalTensor& grad_of_lse, BackwardProblem& p, at::ScalarType accumulation) {
+               const OptionalTensor& grad_of_lse, at::IntArrayRef kl_shape, BackwardProblem& p,
+               at::ScalarType accumulation) {
     const std::array rows{p.batch, p.heads, p.query_length};
     const std::array states{int64_t{3}, p.batch, p.heads, p.query_length};
     const OptionalTensor given = row_values(row_state, states, accumulation);
     TORCH_CHECK_VALUE(given.has_value(), "attn_kd: row_state is empty");
     state = *given;
-    if (p.average_heads)
-      grad_kl = row_values(grad_of_kl, std::array{p.batch, p.query_length}, accumulation);
-    else if (p.divergence != Divergence::none)
-      grad_kl = row_values(grad_of_kl, rows, accumulation);
+    if (p.divergence != Divergence::none) grad_kl = row_values(grad_of_kl, kl_shape, accumulation);
     grad_lse = row_values(grad_of_lse, rows, accumulation);
     const auto* data = static_cast<const char*>(state.const_data_ptr());
     p.origin = data;
@@ -251,7 +246,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_kl_backward(
   TORCH_CHECK_VALUE(!teacher || in.teacher_lse(), "attn_kd: teacher_lse is missing beside grad_kl");
   p.teacher_lse = in.teacher_lse() ? in.teacher_lse()->const_data_ptr() : nullptr;
   const at::ScalarType accumulation = accumulation_type(query);
-  const BackwardRows rows(row_state, grad_kl, grad_lse, p, accumulation);
+  const BackwardRows rows(row_state, grad_kl, grad_lse, in.kl_shape(), p, accumulation);
 
   Tensor grad_query = empty_grad(query), grad_key = empty_grad(key), grad_value = empty_grad(value);
   Tensor attention_rows, grad_output_rows;

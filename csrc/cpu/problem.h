@@ -57,7 +57,7 @@ struct Problem {
   int64_t head_dim = 0, value_dim = 0, teacher_dim = 0;  // D, Dv, Dt
   int64_t teacher_heads = 0;                             // Ht, H unless heads are averaged
   int64_t teacher_keys_per_key = 1;                      // G teacher keys are one of the student's
-  bool average_heads = false;                            // before the maps are compared
+  bool average_heads = false;                            // of several, before the maps are compared
   double scale = 1, teacher_scale = 1;
   Divergence divergence = Divergence::none;
   DropoutNoise dropout;

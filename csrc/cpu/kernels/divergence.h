@@ -24,7 +24,8 @@
 namespace attn_kd::ATTN_KD_ISA {
 
 // Probabilities are raised to the smallest normal number before their logarithm is taken: so it is
-// finite where a map underflows, and log(a / b) is 0 where the mask hides the pair.
+// finite where a map underflows, and log(a / b) is 0 where the mask hides the pair. A student's
+// logit whose probability underflows (88 below the row's highest in float) gets no gradient.
 template <class T>
 inline vec<T> above_zero(vec<T> probability) {
   constexpr T kSmallest = sizeof(T) == 4 ? T(0x1p-126) : T(0x1p-1022);

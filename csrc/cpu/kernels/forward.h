@@ -20,6 +20,10 @@ using cpu::ForwardProblem;
 // floats are 48 KiB.
 inline constexpr int64_t kForwardKeys = 96;
 
+// Keys that are summed up before they are added to the sum of their tile: a third of the rounding
+// of one sum after the other.
+inline constexpr int64_t kSummedKeys = 12;
+
 // The running sums of a panel, base 2, one lane a query row.
 template <class T>
 struct RunningSums {
@@ -101,21 +105,28 @@ inline void sweep(T* logits, const T* teacher, int64_t keys, const RunningSums<T
       store<T>(output + row * kPanel<T>, load(output + row * kPanel<T>) * shrink);
 
   vec<T> sum{}, weighted{}, teacher_sum{};  // of this tile
-  for (int64_t key = 0; key < keys; ++key) {
-    T* at = logits + key * kPanel<T>;
-    const vec<T> s = load(at) - max;
-    const vec<T> p = exp2<T>(s);
-    store<T>(at, p);
-    sum += p;
-    if constexpr (Div::kTeacher) {
-      vec<T> t = load(teacher + key * kPanel<T>), pt{};
-      if constexpr (kTeacherMax) t -= teacher_max;
-      if constexpr (kTeacherSum) {
-        pt = exp2<T>(t);
-        teacher_sum += pt;
+  for (int64_t first = 0; first < keys; first += kSummedKeys) {
+    const int64_t end = first + kSummedKeys < keys ? first + kSummedKeys : keys;
+    vec<T> part{}, weighted_part{}, teacher_part{};
+    for (int64_t key = first; key < end; ++key) {
+      T* at = logits + key * kPanel<T>;
+      const vec<T> s = load(at) - max;
+      const vec<T> p = exp2<T>(s);
+      store<T>(at, p);
+      part += p;
+      if constexpr (Div::kTeacher) {
+        vec<T> t = load(teacher + key * kPanel<T>), pt{};
+        if constexpr (kTeacherMax) t -= teacher_max;
+        if constexpr (kTeacherSum) {
+          pt = exp2<T>(t);
+          teacher_part += pt;
+        }
+        weighted_part += Div::term(p, pt, s - t);
       }
-      weighted += Div::term(p, pt, s - t);
     }
+    sum += part;
+    weighted += weighted_part;
+    teacher_sum += teacher_part;
   }
   if constexpr (Div::kTeacher) {
     // Earlier terms were measured from earlier origins.
