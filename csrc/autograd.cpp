@@ -80,6 +80,7 @@ class AttentionKLBackward : public Node {
   }
 
   variable_list apply(variable_list&& grads) override {
+    std::lock_guard<std::mutex> lock(mutex_);  // against another thread that releases what is saved
     const auto input = [this](int i) { return inputs_[i].unpack(); };
     auto [grad_query, grad_key, grad_value] = backward_operator().call(
         if_defined(grads[0]), if_defined(grads[1]), if_defined(grads[2]), input(0), input(1),

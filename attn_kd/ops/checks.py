@@ -48,8 +48,8 @@ def check_dropout(dropout_p: float) -> None:
     Raises:
         InputError: it is not in [0, 1).
     """
-    if not 0.0 <= dropout_p < 1.0:
-        raise InputError(f"dropout_p={dropout_p} is not a probability in [0, 1)")
+    if not (isinstance(dropout_p, int | float) and 0.0 <= dropout_p < 1.0):
+        raise InputError(f"dropout_p={dropout_p!r} is not a probability in [0, 1)")
 
 
 def check_is_tensor(name: str, tensor: object) -> None:
@@ -66,9 +66,13 @@ def checked_scale(name: str, scale: float | None) -> float | None:
     """Return the factor on the logits as a float, None where the default is meant."""
     if scale is None:
         return None
-    if not math.isfinite(scale):
-        raise InputError(f"{name}={scale} is not a finite number")
-    return float(scale)
+    try:
+        factor = float(scale)
+    except (TypeError, ValueError, OverflowError):
+        factor = math.nan
+    if not math.isfinite(factor):
+        raise InputError(f"{name}={scale!r} is not a finite number")
+    return factor
 
 
 def check_row_weights(row_weights: Tensor, kl: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from attn_kd.errors import InputError
@@ -94,7 +95,12 @@ def attention_kl(
     Args:
         query, key, value: float32, float64, bfloat16 or float16, one dtype; any strides with a
             unit last stride are read in place. Under autocast they are cast as
-            `scaled_dot_product_attention` casts its own.
+            `scaled_dot_product_attention` casts its own. Logits, softmax, divergence and sums are
+            float32 (float64 for float64). On processors with AVX512-BF16, bfloat16 is multiplied
+            by dot-product instructions, so that probabilities and gradients of logits are rounded
+            to bfloat16 on their way into a product, and numbers below 1.2e-38 count as 0. Results
+            may differ in their last digits between instruction sets, and the gradient of query
+            between numbers of threads.
         teacher_query, teacher_key: any of these dtypes; may be wider or narrower than the
             student's, with another head_dim. Autocast leaves them as they are. With G times the
             student's keys, tokens jG to jG + G - 1 together are compared with the student's key j:
@@ -110,8 +116,9 @@ def attention_kl(
             kl 0, lse -inf and zero gradients. Keys that a mask without a query dimension (key
             padding) hides may hold anything, NaN included; under other masks a NaN spreads as it
             does in `scaled_dot_product_attention`.
-        row_weights: floating or bool, broadcastable to the shape of kl, which it multiplies: 0 for
-            rows that are padding, say. Differentiable.
+        row_weights: floating (differentiable) or bool, broadcastable to the shape of kl, which it
+            multiplies: 0 for rows that are padding, say. Where it is False kl is 0 even in place of
+            NaN; a weight that is the number 0 leaves NaN as it is.
         scale, teacher_scale: factors on the logits; default D ** -0.5 and Dt ** -0.5.
         divergence: one of those above.
         head_reduction: "none": one map, and one divergence, per head; Ht must be H. "mean": the
@@ -172,4 +179,6 @@ def _check_given(name: str, tensor: Tensor | None) -> None:
 
 def _weighted(kl: Tensor, row_weights: Tensor) -> Tensor:
     check_row_weights(row_weights, kl)
+    if row_weights.dtype == torch.bool:
+        return kl.masked_fill(~row_weights, 0.0)
     return kl * row_weights.to(kl.dtype)

@@ -118,6 +118,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_kl_forward(
     const OptionalTensor& dropout_seed, std::optional<double> scale,
     std::optional<double> teacher_scale, std::string_view divergence,
     std::string_view head_reduction, double dropout_p) {
+  TORCH_CHECK_VALUE(!teacher_lse.has_value() || teacher_lse->numel() > 0,
+                    "attn_kd: teacher_lse is empty");
   const Arguments in(query, key, value, teacher_query, teacher_key, teacher_lse, attn_mask,
                      dropout_seed, {scale, teacher_scale, divergence, head_reduction, dropout_p});
   ForwardProblem p{in.problem()};

@@ -87,7 +87,10 @@ def test_keys_around_the_chunks(count, divergence, dtype):
 @pytest.mark.parametrize("rows", range(1, 18))
 def test_every_number_of_rows_left_over(rows, dtype, divergence):
     """Of micro-kernels (keys, and the columns of values and keys) and of vectors of lanes."""
-    check(Sizes(B=1, H=1, Lq=rows, Lk=rows, D=rows, Dv=rows, Dt=rows), dtype, divergence=divergence)
+    # Of so few bfloat16 numbers eager's error is chance: half a unit of bfloat16 more.
+    roundings = 2.0**15 if dtype == torch.bfloat16 else None
+    sizes = Sizes(B=1, H=1, Lq=rows, Lk=rows, D=rows, Dv=rows, Dt=rows)
+    check(sizes, dtype, roundings=roundings, divergence=divergence)
 
 
 @every_arithmetic

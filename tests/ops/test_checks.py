@@ -247,3 +247,22 @@ class TestTeacherThatRequiresGrad:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("error")
             call(teacher_key=torch.zeros(B, H, Lk, Dt, requires_grad=True))
+
+
+@pytest.mark.parametrize("scale", ["x", 10**400, float("nan")], ids=["text", "huge", "nan"])
+def test_scale_that_is_no_number(scale):
+    query = torch.randn(1, 1, 2, 4)
+    with pytest.raises(InputError, match="scale"):
+        attn_kd.attention(query, query, query, scale=scale)
+
+
+def test_dropout_that_is_no_number():
+    query = torch.randn(1, 1, 2, 4)
+    with pytest.raises(InputError, match="dropout_p='a'"):
+        attn_kd.attention(query, query, query, dropout_p="a")
+
+
+def test_empty_teacher_lse():
+    tensors = [torch.randn(1, 1, 2, 4) for _ in range(5)]
+    with pytest.raises(InputError, match="teacher_lse"):
+        attn_kd.attention_kl(*tensors, teacher_lse=torch.empty(0))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -87,6 +87,8 @@ def draw_cotangents(
 @given(data=st.data(), sizes=sizes, seed=st.integers(0, 2**31))
 def test_agrees_with_the_definition(backend_name, data, sizes, seed):
     require_backend(backend_name)
+    # A gradient of a few numbers, each a sum that cancels: eager's error is chance then.
+    assume(sizes.B * sizes.H * sizes.Lq * sizes.D >= 8)
     torch.manual_seed(seed)
     dtype = data.draw(st.sampled_from([torch.float32, torch.float64]))
     inputs = random_inputs(sizes, dtype)

@@ -67,3 +67,11 @@ def test_of_the_divergence_alone(backend):
     kl = attn_kd.attention_kl_div(*tensors, backend=backend).kl
     weighted = attn_kd.attention_kl_div(*tensors, row_weights=weights, backend=backend).kl
     torch.testing.assert_close(weighted, kl * weights)
+
+
+def test_false_leaves_a_row_out_even_where_it_is_nan():
+    query, *tensors = (torch.randn(1, 2, 5, 4) for _ in range(5))
+    query[:, :, 3] = torch.nan
+    rows = torch.tensor([True, True, True, False, True])
+    kl = attn_kd.attention_kl(query, *tensors, row_weights=rows).kl
+    assert (kl[:, :, 3] == 0).all() and kl.isfinite().all()
