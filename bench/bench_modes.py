@@ -72,7 +72,7 @@ PASSES = {"forward": forward, "forward+backward": forward_backward}
 @pytest.mark.parametrize("shape_name", MEASURED)
 def test_modes(benchmark: BenchmarkFixture, budget: float, shape_name: str, pass_name: str) -> None:
     workload = make_workload(SHAPES[shape_name], torch.float32)
-    modes = {name: MODES[name] for name in MEASURED[shape_name] if is_available(MODES[name])}
+    modes = {name: MODES[name] for name in MEASURED[shape_name]}
     run = PASSES[pass_name]
     benchmark.extra_info.update(
         {"kind": "modes", "shape": shape_name, "pass": pass_name, "dtype": "float32"},
@@ -82,15 +82,6 @@ def test_modes(benchmark: BenchmarkFixture, budget: float, shape_name: str, pass
         check(mode)
     functions = {name: partial(run, mode, workload) for name, mode in modes.items()}
     measure_in_turn(benchmark, functions, budget=budget)
-
-
-def is_available(mode: Mode) -> bool:
-    """Whether this version of the library has it."""
-    try:
-        forward(mode, make_workload(Shape(1, 2, 4, 4, 8), torch.float32))
-    except NotImplementedError:
-        return False
-    return True
 
 
 def check(mode: Mode, shape: Shape = CHECKED) -> None:
