@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--amp",
         default="none",
         choices=MIXED_PRECISIONS,
-        help="mixed precision of the teacher, the same as of its students",
+        help="mixed precision of the teacher; students need the same unless it is none",
     )
     parser.add_argument(
         "--views", type=positive_int, default=1, metavar="N", help="views of each image"

@@ -260,12 +260,12 @@ class TeacherCache:
             )
 
     def require_amp(self, amp: str) -> None:
-        """Check that the teacher ran in the mixed precision that a student is trained in.
+        """Check that the teacher ran in full precision, or in that which a student is trained in.
 
         Raises:
             InputError: it ran in another one.
         """
-        if amp != self.recipe.amp:
+        if self.recipe.amp not in ("none", amp):
             raise InputError(
                 f"amp is {amp!r} but the teacher of the cache {self.folder} ran with amp "
                 f"{self.recipe.amp!r}; expected the same, or a cache made with --amp {amp}"

@@ -55,8 +55,8 @@ class CacheOptions:
         layers: "last", "all", or paths of attention modules of the teacher.
         kinds: kinds of layers that "last" and "all" choose from.
         dtype: of query and key: "float16", "bfloat16" or "float32".
-        amp: mixed precision of the teacher, as of a training with the live teacher; that from the
-            cache must have the same.
+        amp: mixed precision of the teacher, as of a training with the live teacher; unless it is
+            "none", that from the cache must have the same.
         views: of each image: as it is, the others augmented.
         seed: of the augmentation.
         images_per_shard: in a file.

@@ -170,10 +170,11 @@ def test_other_augmentation_is_refused_before_the_folder_is_made(
 
 
 def test_other_mixed_precision_is_refused_before_the_folder_is_made(
-    config, distill, tiny_cache, tmp_path
+    config, distill, tiny_teacher, tiny_data, tmp_path
 ):
-    with pytest.raises(InputError, match=r"amp is 'bf16' but the teacher .* ran with amp 'none'"):
-        distill(config.replace(amp="bf16"), "out", tiny_cache.folder)
+    cache = cache_teacher(tiny_teacher, tiny_data, tmp_path / "cache", CacheOptions(amp="bf16"))
+    with pytest.raises(InputError, match=r"amp is 'none' but the teacher .* ran with amp 'bf16'"):
+        distill(config, "out", cache.folder)
     assert not (tmp_path / "out").exists()
 
 
