@@ -118,6 +118,7 @@ class TaughtCollator:
                 "logits": torch.stack([record.logits for record in records]),
                 "boxes": torch.stack([record.boxes for record in records]),
                 "layers": {path: self._laid_out(path, records, grid) for path in records[0].layers},
+                "visible": None if cells.all() else cells.flatten(1)[:, None, None],
             },
         }
 
@@ -150,9 +151,16 @@ def teacher_pass(
     """Take a batch of a `TaughtCollator` apart: the student's inputs, and the teacher's pass."""
     inputs = dict(batch)
     kept = inputs.pop(TEACHER_KEY)
-    scales = {layer.path: layer.scale for layer in layers}
+    by_path = {layer.path: layer for layer in layers}
     records = {
-        path: AttentionRecord(tensors["query"], tensors["key"], tensors["lse"], scales[path])
+        path: AttentionRecord(
+            tensors["query"],
+            tensors["key"],
+            tensors["lse"],
+            by_path[path].scale,
+            attn_mask=kept["visible"] if by_path[path].grid_keys else None,
+            mask_known=True,
+        )
         for path, tensors in kept["layers"].items()
     }
     output = TeacherOutput(kept["logits"], kept["boxes"])

@@ -141,6 +141,21 @@ def test_every_image_is_compared_with_its_own_record(teacher, student, dataset, 
         torch.testing.assert_close(measured[own_path].double(), expected, rtol=1e-5, atol=1e-8)
 
 
+def test_records_know_their_padding(teacher, dataset, cache):
+    """So that a coarser student's keys do not count the teacher's padded cells (alignment)."""
+    collate = DetectionCollator(teacher[2])
+    _, given = taught_batch(cache, list(enumerate(dataset)), collate, features=False)
+    for own_path, path in LAYERS.items():
+        record = given.records[path]
+        assert record.mask_known
+        if "decoder.layers.0.self_attn" in own_path:
+            assert record.attn_mask is None
+            continue
+        shown = record.attn_mask.unflatten(-1, (6, 6)).squeeze(2).squeeze(1)
+        for cells, (height, width) in zip(shown, GRIDS, strict=True):
+            assert cells[:height, :width].all() and cells.sum() == height * width
+
+
 def test_loss_of_an_image_does_not_depend_on_its_batch(teacher, student, features, cache):
     def measured(indices):
         items = [(index, features[index]) for index in indices]
