@@ -26,7 +26,7 @@ _OPTIONS = (
     Option(
         "--pretrain-steps",
         "pretrain_backbone_steps",
-        "steps of dense pretraining of the backbone, before",
+        "steps of dense pretraining of the backbone, before; 0: none (default: the preset's)",
         whole_number,
     ),
 )
