@@ -38,8 +38,11 @@ def test_training_step(benchmark: BenchmarkFixture, budget: float, setting_name:
     )
 
 
+MEMORY_SETTINGS = ["detr-tiny-416", "detr-tiny-800", "detr-r50-416", "detr-r50-800"]
+
+
 @pytest.mark.skipif(not STATUS.exists(), reason="the peak resident set is read from /proc")
-@pytest.mark.parametrize("setting_name", ["detr-tiny-800", "detr-r50-416", "detr-r50-800"])
+@pytest.mark.parametrize("setting_name", MEMORY_SETTINGS)
 def test_training_memory(benchmark: BenchmarkFixture, setting_name: str) -> None:
     peaks: dict[str, list[int]] = {way: [] for way in WAYS}
 
