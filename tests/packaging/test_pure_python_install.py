@@ -26,9 +26,11 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def source_tree(tmp_path_factory) -> Path:
-    """A copy of the tree without what earlier builds left behind."""
+    """A copy of the tree without what earlier builds and benchmarks left behind."""
     tree = tmp_path_factory.mktemp("source")
-    leftovers = shutil.ignore_patterns("__pycache__", "_C.*", "_build.json")
+    leftovers = shutil.ignore_patterns(
+        "__pycache__", "_C.*", "_build.json", "results.json", "figures"
+    )
     for name in (*BUILD_INPUTS, *DEVELOPMENT):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, tree / name, ignore=leftovers)
