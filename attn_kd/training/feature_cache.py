@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from attn_kd._atomic import replacing_folder
 from attn_kd.errors import InputError
 from attn_kd.training.datasets import DetectionDataset
-from attn_kd.training.sampling import epoch_view, sample_seed
+from attn_kd.training.sampling import EpochViews, sample_seed
 
 if TYPE_CHECKING:
     from transformers import DetrForObjectDetection
@@ -54,21 +54,16 @@ def require_shared_backbone(
         )
 
 
-class CachedFeatures(Dataset):
+class CachedFeatures(EpochViews, Dataset):
     """Items ``{"features", "mask", "labels"}``, for :class:`FeatureCollator`.
 
     Which of an image's views an item is depends on the epoch, by the seed.
     """
 
     def __init__(self, store: FeatureStore, *, num_images: int, views: int, seed: int) -> None:
+        super().__init__(views=views, seed=seed)
         self.store = store
         self.num_images = num_images
-        self.views = views
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
 
     def __len__(self) -> int:
         return self.num_images
@@ -77,10 +72,6 @@ class CachedFeatures(Dataset):
         tensors = self.store.read(index, self.view(index))
         features, mask = tensors.pop("features"), tensors.pop("mask")
         return {"features": features, "mask": mask, "labels": tensors}
-
-    def view(self, index: int) -> int:
-        """The view of an image in this epoch."""
-        return epoch_view(self.seed, self.epoch, index, self.views)
 
 
 class FeatureCollator:

@@ -20,11 +20,6 @@ def sample_seed(seed: int, epoch: int, index: int) -> int:
     return int(words[0] >> np.uint64(1))
 
 
-def epoch_view(seed: int, epoch: int, index: int, views: int) -> int:
-    """Which of the views of a sample an epoch sees."""
-    return sample_seed(seed, epoch, index) % views
-
-
 class SeededItems(Dataset):
     """The items of a data set, each with the seed of its augmentation in this epoch.
 
@@ -51,7 +46,28 @@ class SeededItems(Dataset):
         }
 
 
-class ViewedItems(Dataset):
+class EpochViews:
+    """Which of an image's views each epoch sees; a base of data sets of such views.
+
+    Args:
+        views: of each image.
+        seed: of the choice.
+    """
+
+    def __init__(self, *, views: int, seed: int) -> None:
+        self.views = views
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def view(self, index: int) -> int:
+        """The view of an image in this epoch."""
+        return sample_seed(self.seed, self.epoch, index) % self.views
+
+
+class ViewedItems(EpochViews, Dataset):
     """The items of a data set in one of a few fixed views: as it is (0), or augmented.
 
     Which of an image's views an item is depends on the epoch, by the seed; the augmentation of a
@@ -64,23 +80,14 @@ class ViewedItems(Dataset):
     """
 
     def __init__(self, dataset: DetectionDataset, *, views: int, seed: int) -> None:
+        super().__init__(views=views, seed=seed)
         self.dataset = dataset
-        self.views = views
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.item(index, self.view(index))
-
-    def view(self, index: int) -> int:
-        """The view of an image in this epoch."""
-        return epoch_view(self.seed, self.epoch, index, self.views)
 
     def item(self, index: int, view: int) -> dict[str, Any]:
         """A view of an image; its ``augmentation_seed`` is ``None`` for view 0."""
