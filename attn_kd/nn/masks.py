@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: An additive mask value up to this one hides a key from the operators as -inf does.
-HIDDEN_BIAS = -1e6
+from attn_kd.ops.reference import HIDDEN_BIAS
 
 
 def visible(attn_mask: Tensor) -> Tensor:

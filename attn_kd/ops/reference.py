@@ -25,7 +25,7 @@ _BLOCK_ELEMENTS = 9 * 1024 * 1024
 
 # An additive mask value up to this one hides the pair as -inf does, in every backend: many masks
 # are made of -1e9 or torch.finfo(dtype).min.
-_HIDDEN = -1e6
+HIDDEN_BIAS = -1e6
 
 # The log-probability of a hidden pair: its exponential is 0, and unlike -inf it leaves a difference
 # of two of them, and the gradient of that, a number.
@@ -169,7 +169,7 @@ def _log_teacher(operands: Operands, options: Options, visible: Tensor | None) -
 def _visible(attn_mask: Tensor | None) -> Tensor | None:
     if attn_mask is None or attn_mask.dtype == torch.bool:
         return attn_mask
-    return ~(attn_mask <= _HIDDEN)  # in this form NaN stays visible
+    return ~(attn_mask <= HIDDEN_BIAS)  # in this form NaN stays visible
 
 
 def _products(query: Tensor, key: Tensor, scale: float | None) -> Tensor:
