@@ -188,7 +188,7 @@ class BackwardWorker {
       vec<T> offset = read(p_.grad_lse, lane) - output_gradient(lane, rows);
       if constexpr (Div::kTeacher) {
         const vec<T> grad = read(p_.grad_kl, lane);
-        vec<T> slope{};
+        vec<T> slope{}, minus_origin{};
         for (int64_t i = 0; i < kLanes<T> && lane + i < rows; ++i) {
           // In double: what is rounded here is common to all keys of the row.
           const auto* lses = static_cast<const T*>(p_.teacher_lse);
@@ -196,10 +196,12 @@ class BackwardWorker {
           const double lse = kLog2e * lses[at + lane + i] - p_.group_shift();
           const double correction = corrections[at + lane + i] + kLn2 * log_factor[i];
           const T origin = static_cast<T>(Div::teacher_origin(lse, correction));
-          minus_teacher_origin_[lane + i] = sees[i] ? -origin : T(0);
+          minus_origin[i] = sees[i] ? -origin : T(0);
           offset[i] += static_cast<T>(Div::row_offset(grad[i], correction, origin - lse));
           slope[i] = static_cast<T>(Div::row_slope(grad[i], factor[i], origin - lse));
         }
+        // Lanes without a row included: a product of two rows at a time reads one of them.
+        store<T>(minus_teacher_origin_ + lane, minus_origin);
         store<T>(slope_ + lane, sees ? slope : vec<T>{});
       }
       store<T>(minus_origin_ + lane, log_factor - read(p_.origin, lane));
