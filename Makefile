@@ -64,7 +64,7 @@ $(ENVIRONMENT):
 # recompiles only what has changed.
 $(PACKAGES): $(ENVIRONMENT) pyproject.toml setup.py constraints.txt
 	$(PIP) torch numpy
-	ATTN_KD_BUILD_EXTENSION=never $(PIP) --no-build-isolation --editable '.[detr,report,video,dev]'
+	ATTN_KD_BUILD_EXTENSION=never $(PIP) --no-build-isolation --editable '.[gpu,detr,report,video,dev]'
 	touch $@
 
 $(EXTENSION): $(PACKAGES) $(NATIVE)

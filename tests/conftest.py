@@ -1,4 +1,4 @@
-"""What all tests share: reproducible random numbers, hypothesis settings, the real data."""
+"""What all tests share: reproducible random numbers, hypothesis settings, GPUs, the real data."""
 
 from __future__ import annotations
 
@@ -19,6 +19,20 @@ hypothesis.settings.load_profile("default")
 # A job that a script puts in the background ignores Ctrl-C, and so would the programs started by
 # the tests that interrupt them.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+HAS_GPU = torch.cuda.is_available()
+# Without a GPU the Triton kernels run in Triton's interpreter, on the CPU. It decides when a kernel
+# is defined, so this stands before anything imports them.
+if not HAS_GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if HAS_GPU:
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU, and torch finds none"))
 
 
 @pytest.fixture(autouse=True)

@@ -152,7 +152,7 @@ def test_no_clips_is_refused():
         simulate_frames(0)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_labels_do_not_depend_on_the_device():
     here = simulate_frames(32, settings=SMALL)
     there = simulate_frames(32, settings=SMALL, device="cuda")

@@ -50,7 +50,7 @@ def test_a_stream_resumes_where_another_ended():
         assert (item["image"].int() - expected["image"].int()).abs().max() <= 1
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_frames_simulated_on_a_gpu_are_handed_out_on_the_cpu():
     here = NeedleStream(num_frames=4, settings=SMALL)
     there = NeedleStream(num_frames=4, settings=SMALL, device="cuda")
