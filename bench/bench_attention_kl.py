@@ -15,11 +15,14 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.accuracy import Checker, Errors
-from bench.peers import CANDIDATES, PASSES, compile_eager
+from bench.devices import clock_for
+from bench.gpu_peers import PINNED_SDPA, candidates_on, split_refused
+from bench.peers import PASSES, compile_eager
 from bench.rounds import measure_in_turn
 from bench.workloads import GRID, SHAPES, Shape, Workload, make_workload
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+GRID_DTYPE = {"cpu": "float32", "cuda": "bfloat16"}  # what one trains in
 HAS_COMPILER = shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
@@ -27,33 +30,45 @@ HAS_COMPILER = shutil.which(os.environ.get("CXX", "g++")) is not None
 @pytest.mark.parametrize("shape_name", SHAPES)
 @pytest.mark.parametrize("dtype_name", DTYPES)
 def test_attention_kl(
-    benchmark: BenchmarkFixture, budget: float, dtype_name: str, shape_name: str, pass_name: str
+    benchmark: BenchmarkFixture,
+    budget: float,
+    device: torch.device,
+    dtype_name: str,
+    shape_name: str,
+    pass_name: str,
 ) -> None:
-    benchmark.extra_info["kind"] = "time"
     shape = SHAPES[shape_name]
-    names = candidates_for(shape, dtype_name)
-    _measure(benchmark, budget, names, shape_name, shape, pass_name, dtype_name)
+    benchmark.extra_info.update(kind="time", shape=shape_name)
+    names = candidates_for(shape, dtype_name, device)
+    _measure(benchmark, budget, names, shape, pass_name, dtype_name, device)
 
 
 @pytest.mark.parametrize("shape_name", GRID)
-def test_grid(benchmark: BenchmarkFixture, budget: float, shape_name: str) -> None:
+def test_grid(
+    benchmark: BenchmarkFixture, budget: float, device: torch.device, shape_name: str
+) -> None:
     """Time against the number of tokens, together with dc5 and video above."""
-    benchmark.extra_info["kind"] = "grid"
-    shape = GRID[shape_name]
-    names = [name for name in candidates_for(shape, "float32") if name != "compiled"]
-    _measure(benchmark, budget / 2, names, shape_name, shape, "forward+backward", "float32")
+    shape, dtype_name = GRID[shape_name], GRID_DTYPE[device.type]
+    benchmark.extra_info.update(kind="grid", shape=shape_name)
+    names = candidates_for(shape, dtype_name, device)
+    names = [name for name in names if name != "compiled"]
+    _measure(benchmark, budget / 2, names, shape, "forward+backward", dtype_name, device)
 
 
-def candidates_for(shape: Shape, dtype_name: str) -> list[str]:
+def candidates_for(shape: Shape, dtype_name: str, device: torch.device) -> list[str]:
     """Whose memory, time and compiler allow it."""
-    if shape.has_many_logits:  # maps would not fit, and seconds a call are enough for three
-        return ["sdpa", "attn_kd", *(["sdpa_identity"] if dtype_name == "float32" else [])]
-    return [*CANDIDATES, *(["compiled"] if HAS_COMPILER else [])]
+    everybody = candidates_on(device)
+    if shape.has_many_logits:  # maps would not fit; a CPU takes seconds a call, enough for three
+        chosen = ["sdpa", *PINNED_SDPA, "attn_kd", "attn_kd cuda"]
+        if dtype_name == "float32" or device.type != "cpu":
+            chosen.append("sdpa_identity")
+        return [name for name in chosen if name in everybody]
+    return [*everybody, *(["compiled"] if HAS_COMPILER else [])]
 
 
 @lru_cache(maxsize=1)  # both passes of a shape need the same; then it may go
-def _inputs(shape: Shape, dtype_name: str) -> tuple[Workload, Checker]:
-    workload = make_workload(shape, DTYPES[dtype_name])
+def _inputs(shape: Shape, dtype_name: str, device: torch.device) -> tuple[Workload, Checker]:
+    workload = make_workload(shape, DTYPES[dtype_name], device=device)
     return workload, Checker(workload)
 
 
@@ -61,24 +76,28 @@ def _measure(
     benchmark: BenchmarkFixture,
     budget: float,
     names: list[str],
-    shape_name: str,
     shape: Shape,
     pass_name: str,
     dtype_name: str,
+    device: torch.device,
 ) -> None:
-    workload, checker = _inputs(shape, dtype_name)
+    workload, checker = _inputs(shape, dtype_name, device)
     run, errors = PASSES[pass_name], Errors()
-    candidates = {name: CANDIDATES[name] for name in names if name != "compiled"}
+    candidates = {name: candidates_on(device)[name] for name in names if name != "compiled"}
     if "compiled" in names:
         candidates["compiled"] = compile_eager(run, workload)
+    functions, refused = split_refused(
+        {name: partial(run, candidate, workload) for name, candidate in candidates.items()}
+    )
     benchmark.extra_info.update(
-        {"shape": shape_name, "pass": pass_name, "dtype": dtype_name},
+        {"pass": pass_name, "dtype": dtype_name, "refused": refused},
         sizes=shape._asdict(),
         errors=errors,
     )
     measure_in_turn(
         benchmark,
-        {name: partial(run, candidate, workload) for name, candidate in candidates.items()},
+        functions,
         budget=budget,
         verify=lambda name, result: errors.update({name: checker.check(result)}),
+        clock=clock_for(device),
     )

@@ -17,6 +17,7 @@ from bench.accuracy import Errors
 from bench.detr import SETTINGS, build_student, make_batch
 from bench.rounds import measure_in_turn
 
+pytestmark = pytest.mark.cpu_only  # students are made for machines without a GPU
 IMPLEMENTATIONS = ("sdpa", "attn_kd", "eager")
 TOLERANCE = 1e-4  # relative; float32 sums over the pixels of a whole backbone
 

@@ -13,10 +13,12 @@ from torch import Tensor
 
 import attn_kd
 from bench.accuracy import TOLERANCES
+from bench.devices import clock_for
 from bench.rounds import SUBJECT, measure_in_turn
 from bench.workloads import SHAPES, Shape, Workload, make_workload
 
 CHECKED = Shape(1, 8, 300, 300, 32)  # small enough for all maps in float64
+DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}  # what one trains in
 SEED = 0  # of the dropout that is compared with the reference
 
 
@@ -70,31 +72,46 @@ PASSES = {"forward": forward, "forward+backward": forward_backward}
 
 @pytest.mark.parametrize("pass_name", PASSES)
 @pytest.mark.parametrize("shape_name", MEASURED)
-def test_modes(benchmark: BenchmarkFixture, budget: float, shape_name: str, pass_name: str) -> None:
-    workload = make_workload(SHAPES[shape_name], torch.float32)
+def test_modes(
+    benchmark: BenchmarkFixture,
+    budget: float,
+    device: torch.device,
+    shape_name: str,
+    pass_name: str,
+) -> None:
+    dtype = DTYPES[device.type]
+    workload = make_workload(SHAPES[shape_name], dtype, device=device)
     modes = {name: MODES[name] for name in MEASURED[shape_name]}
     run = PASSES[pass_name]
     benchmark.extra_info.update(
-        {"kind": "modes", "shape": shape_name, "pass": pass_name, "dtype": "float32"},
+        {"kind": "modes", "shape": shape_name, "pass": pass_name},
+        dtype=str(dtype).removeprefix("torch."),
         sizes=SHAPES[shape_name]._asdict(),
     )
     for mode in modes.values():
-        check(mode)
+        check(mode, dtype=dtype, device=device)
     functions = {name: partial(run, mode, workload) for name, mode in modes.items()}
-    measure_in_turn(benchmark, functions, budget=budget)
+    measure_in_turn(benchmark, functions, budget=budget, clock=clock_for(device))
 
 
-def check(mode: Mode, shape: Shape = CHECKED) -> None:
+def check(
+    mode: Mode,
+    shape: Shape = CHECKED,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> None:
     """Compare values and gradients with the reference backend in float64, dropout included.
 
     Raises:
         AssertionError: one is further off than rounding explains.
     """
     results = []
-    for dtype, backend in ((torch.float32, {}), (torch.float64, {"backend": "reference"})):
+    for precision, backend in ((dtype, {}), (torch.float64, {"backend": "reference"})):
         torch.manual_seed(SEED)
-        workload = make_workload(shape, torch.float32).to(dtype)
+        workload = make_workload(shape, dtype, device=device)
+        if precision == torch.float64:  # of the same numbers, with the same log-sum-exp
+            workload = workload.to(precision)
         results.append(forward_backward(mode, workload, **backend))
     for x, y in zip(*results, strict=True):
         error = ((x.double() - y).norm() / y.norm()).item()
-        assert error <= TOLERANCES[torch.float32], f"{mode.options}: {error:.1e} off"
+        assert error <= TOLERANCES[dtype], f"{mode.options}: {error:.1e} off"

@@ -13,6 +13,7 @@ from bench.peers import CANDIDATES, PASSES, forward_backward
 from bench.rounds import measure_in_turn
 from bench.workloads import SHAPES, Shape, make_workload
 
+pytestmark = pytest.mark.cpu_only
 CORES = os.cpu_count() or 1
 THREADS = sorted({1, *(n for n in (2, 4, 8, 16, 32, 64) if n < CORES), CORES})
 WORKLOADS = {"dc5": SHAPES["dc5"], "dc5, one head": SHAPES["dc5"]._replace(H=1)}

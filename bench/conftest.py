@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 import attn_kd
 from attn_kd.ops import extension
+from bench.devices import default_device, describe_gpu
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -22,12 +24,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="SECONDS",
         help="time for the rounds of one measurement (default: 4); three rounds at the least",
     )
+    group.addoption(
+        "--device",
+        type=torch.device,
+        default=default_device(),
+        help="cpu or cuda (default: cuda where torch finds a GPU)",
+    )
     group.addoption("--threads", type=int, default=None, help="threads of torch (default: its own)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--threads") is not None:
         torch.set_num_threads(config.getoption("--threads"))
+    config.addinivalue_line("markers", "cpu_only: measures what matters on CPUs alone")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    device = config.getoption("--device")
+    absent = {"cpu": "gpu", "cuda": "cpu_only"}[device.type]
+    for item in items:
+        if item.get_closest_marker(absent):
+            item.add_marker(pytest.mark.skip(reason=f"not measured on {device}"))
 
 
 def pytest_benchmark_update_machine_info(
@@ -45,12 +62,27 @@ def pytest_benchmark_update_machine_info(
         "capability": torch.backends.cpu.get_cpu_capability(),
     }
     machine_info["cpus"] = os.cpu_count()
+    machine_info["gpu"] = describe_gpu(config.getoption("--device"))
+    machine_info["triton"] = _installed("triton")
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 @pytest.fixture
 def budget(request: pytest.FixtureRequest) -> float:
     """Seconds for the rounds of one measurement."""
     return request.config.getoption("--budget")
+
+
+@pytest.fixture(scope="session")
+def device(pytestconfig: pytest.Config) -> torch.device:
+    """Where the candidates run."""
+    return pytestconfig.getoption("--device")
 
 
 @pytest.fixture

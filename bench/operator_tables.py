@@ -28,12 +28,27 @@ def time_table(timings: list[Timing]) -> Table:
 
 def ratio_table(timings: list[Timing]) -> Table:
     """attn_kd over each peer, and its attention alone over sdpa."""
-    pairs = [(SUBJECT, peer) for peer in candidates_of(timings) if not peer.startswith(SUBJECT)]
+    peers = [name for name in candidates_of(timings) if not name.startswith(SUBJECT)]
+    pairs = [(SUBJECT, peer) for peer in peers]
+    if any("attn_kd cuda" in timing.seconds for timing in timings):
+        pairs.append(("attn_kd cuda", SUBJECT))
     pairs.insert(1, ("attn_kd.attention", "sdpa"))
     rows = [["shape", "pass", *(f"{candidate} / {peer}" for candidate, peer in pairs)]]
     for timing in timings:
         cells = [ratio(timing.ratio(peer, candidate)) for candidate, peer in pairs]
         rows.append([timing.shape, timing.pass_name, *cells])
+    return rows
+
+
+def refusal_table(timings: list[Timing]) -> Table:
+    """Who did not run, where, and why not."""
+    places: dict[tuple[str, str], list[str]] = {}
+    for timing in timings:
+        for name, reason in timing.refused.items():
+            places.setdefault((name, reason), []).append(f"{timing.shape} {timing.pass_name}")
+    rows = [["candidate", "where", "why"]]
+    for (name, reason), where in places.items():
+        rows.append([f"`{name}`", ", ".join(where), reason.replace("|", "\\|")])
     return rows
 
 

@@ -1,9 +1,12 @@
-"""Peak memory of a piece of work, in a process of its own.
+"""Peak memory of a piece of work: in a process of its own, or as torch's allocator counts on a GPU.
 
-The figure is the growth of the process's resident set from the moment the inputs exist: what a
-user's machine would need on top of them, the threads' scratch space included. Linux only.
+On a CPU the figure is the growth of the process's resident set from the moment the inputs exist:
+what a user's machine would need on top of them, the threads' scratch space included. Linux only.
 ``python -m bench.peak_memory THREADS CANDIDATE B H Lq Lk D`` prints it, in bytes, of one
 candidate's forward and backward.
+
+On a GPU it is what torch's allocator has handed out at the most, in this process; the context of
+CUDA and what libraries allocate for themselves is not in it.
 """
 
 from __future__ import annotations
@@ -57,6 +60,21 @@ def growth_of_peak(work: Callable[[], object]) -> int:
     result = work()
     after = _status_bytes("VmHWM")
     libc.munlockall()
+    del result  # alive until here: gradients belong to the peak
+    return after - before
+
+
+def growth_on_gpu(work: Callable[[], object]) -> int:
+    """Bytes by which the work, its result included, raises the peak of torch's CUDA allocator.
+
+    The caller has done some such work before, smaller: the workspaces of libraries stay.
+    """
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    result = work()
+    torch.cuda.synchronize()
+    after = torch.cuda.max_memory_allocated()
     del result  # alive until here: gradients belong to the peak
     return after - before
 

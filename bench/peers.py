@@ -64,15 +64,15 @@ def sdpa_identity(
     with K and Kᵗ beside V. With L_s, the q to the left of A and the K to its right detached,
     autograd through A alone gives exactly ∂D/∂s_j = a_j (u_j - D).
 
-    One call on values [V, K, Kᵗ]: the CPU's flash attention wants one head_dim for all, so query
-    and key are padded with zeros. That triples the work on the logits but spares two of three
-    rounds of exponentials, and it is faster than three calls.
+    One call on values [V, K, Kᵗ]: flash attention wants one head_dim for all, so query and key are
+    padded with zeros. That triples the work on the logits but spares two of three rounds of
+    exponentials, and on a CPU it is faster than three calls.
     """
     D = query.shape[-1]
     values = torch.cat([value, key.detach(), teacher_key], dim=-1)
     padding = (0, values.shape[-1] - D)
-    packed, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        F.pad(query, padding), F.pad(key, padding), values, scale=_scale(query)
+    packed, lse = _attention_with_lse(
+        F.pad(query, padding), F.pad(key, padding), values, _scale(query)
     )
     output, mean_key, mean_teacher_key = packed.split(
         [value.shape[-1], D, teacher_key.shape[-1]], -1
@@ -80,6 +80,23 @@ def sdpa_identity(
     mean_logit = _scale(query) * _row_dot(query.detach(), mean_key)
     mean_teacher_logit = _scale(teacher_query) * _row_dot(teacher_query, mean_teacher_key)
     return output, mean_logit - mean_teacher_logit - lse.detach() + teacher_lse
+
+
+def _attention_with_lse(
+    query: Tensor, key: Tensor, value: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """torch's attention with its log-sum-exp [B, H, Lq]: the CPU's, or the GPU's for the dtype."""
+    aten = torch.ops.aten
+    if query.device.type == "cpu":
+        cpu_attention = aten._scaled_dot_product_flash_attention_for_cpu
+        output, lse = cpu_attention(query, key, value, scale=scale)
+    elif query.dtype == torch.float32:
+        attention = aten._scaled_dot_product_efficient_attention
+        output, lse, *_ = attention(query, key, value, None, True, scale=scale)
+        lse = lse[..., : query.shape[-2]]  # its rows are padded to whole blocks
+    else:
+        output, lse, *_ = aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)
+    return output, lse
 
 
 def fused(

@@ -9,10 +9,10 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from bench import model_tables, operator_tables
-from bench.measurements import SUBJECT, Run, Timing, read_run
+from bench.measurements import SUBJECT, Memory, Run, Timing, read_run
 from bench.tables import Table, markdown, verdict
 from bench.targets import (
     EXTRA_MEMORY,
@@ -35,6 +35,13 @@ LATENCY_NOTE = (
     "what of a call of B = H = 1, Lq = Lk = 16 is not arithmetic, on one thread: the arithmetic of "
     "one head is a sixteenth of what 16 more heads in the same call add."
 )
+GPU_TIME_NOTE = (
+    "Milliseconds between two CUDA events, the call queued as a whole before it begins, caches not "
+    "flushed: median ± half the interquartile range of interleaved rounds. `sdpa` is the fastest "
+    "of torch's pinned attentions in that line; it and `attn_kd.attention` compute attention "
+    "alone; the others also the divergence."
+)
+GRAPH_NOTE = "Microseconds a replay of a CUDA graph of one call: no Python, no launches."
 TRAINING_NOTE = (
     "Milliseconds a step of a DETR-1/1 with a frozen backbone: without distillation, with the "
     "teacher running and its attention unused, distilled by the fused operator, distilled by "
@@ -66,38 +73,53 @@ def main(argv: Sequence[str] | None = None) -> int:
 def summary(run: Run) -> str:
     """All tables of a run, with headings; those of what was not measured are left out."""
     parts = [machine_line(run), *_goals(run)]
+    time_note = TIME_NOTE if run.device == "cpu" else GPU_TIME_NOTE
     for dtype in run.dtypes:
         timings = run.of("time", dtype)
-        parts += _section(f"Time, {dtype}", operator_tables.time_table, timings, TIME_NOTE)
+        parts += _section(f"Time, {dtype}", operator_tables.time_table, timings, time_note)
         parts += _section(f"Ratios, {dtype}", operator_tables.ratio_table, timings)
-    both = "forward+backward, float32"
+        refusing = [timing for timing in timings if timing.refused]
+        parts += _section(f"Did not run, {dtype}", operator_tables.refusal_table, refusing)
+    both = "forward+backward"
     for title, build, kind, note in (
         (f"Time against tokens, {both}", operator_tables.time_table, "grid", ""),
-        ("Calls, float32", operator_tables.latency_table, "latency", LATENCY_NOTE),
-        ("Overhead of a call, float32", operator_tables.overhead_table, "overhead", ""),
-        ("Modes, float32", operator_tables.modes_table, "modes", ""),
+        ("Calls", operator_tables.latency_table, "latency", LATENCY_NOTE),
+        ("Replayed calls", operator_tables.latency_table, "graph", GRAPH_NOTE),
+        ("Overhead of a call", operator_tables.overhead_table, "overhead", ""),
+        ("Modes", operator_tables.modes_table, "modes", ""),
         (f"Threads, {both}", operator_tables.threads_table, "threads", ""),
-        ("Equal work in 64 heads and in one, float32", operator_tables.split_table, "split", ""),
+        ("Equal work in 64 heads and in one", operator_tables.split_table, "split", ""),
+    ):
+        timings = run.of(kind)
+        parts += _section(_with_dtype(title, timings), build, timings, note)
+    for title, build, kind, note in (
         ("Training steps", model_tables.training_table, "training", TRAINING_NOTE),
         ("Inference, one image", model_tables.inference_table, "inference", ""),
     ):
         parts += _section(title, build, run.of(kind), note)
     layers, steps = run.memory_of("memory"), run.memory_of("training memory")
-    parts += _section(f"Peak memory, MiB, {both}", operator_tables.memory_table, layers)
+    title = _with_dtype(f"Peak memory, MiB, {both}", layers)
+    parts += _section(title, operator_tables.memory_table, layers)
     title = "Peak memory of a training step, MiB"
     parts += _section(title, model_tables.training_memory_table, steps)
     return "\n\n".join([*parts, *_errors(run)])
 
 
+def _with_dtype(title: str, measurements: Sequence[Timing | Memory]) -> str:
+    """The title with the dtype that all of them have."""
+    return ", ".join([title, *dict.fromkeys(each.dtype for each in measurements)])
+
+
 def machine_line(run: Run) -> str:
     """Where, when and with what it was measured."""
     machine, torch, attn_kd = run.machine, run.machine["torch"], run.machine["attn_kd"]
+    gpu = "".join(f"{part}; " for part in _gpu_parts(machine))
     commit = run.commit.get("id", "unknown")[:10] + (
         " + changes" if run.commit.get("dirty") else ""
     )
     threads = f"{torch['threads']} thread" + "s" * (torch["threads"] > 1)
     return (
-        f"{machine['cpu'].get('brand_raw', machine['machine'])}, {machine['cpus']} CPUs, "
+        f"{gpu}{machine['cpu'].get('brand_raw', machine['machine'])}, {machine['cpus']} CPUs, "
         f"{threads}, {machine['system']}; torch {torch['version']} "
         f"({torch['capability']}), attn_kd {attn_kd['version']} "
         f"({attn_kd['instruction_set'] or 'reference backend only'}), commit {commit}, "
@@ -105,10 +127,18 @@ def machine_line(run: Run) -> str:
     )
 
 
+def _gpu_parts(machine: dict[str, Any]) -> list[str]:
+    gpu = machine.get("gpu")
+    if not gpu:
+        return []
+    versions = f"CUDA {gpu['cuda']}, cuDNN {gpu['cudnn']}, Triton {machine['triton']}"
+    return [f"{gpu['name']} ({gpu['capability']}, {gpu['memory_bytes'] / 2**30:.0f} GiB)", versions]
+
+
 def goal_table(run: Run) -> Table:
     """Every goal of which the run has a measurement, met or missed."""
     rows = [["what", "shape", "pass", "dtype", "measured", "first bar", "goal"]]
-    for goal in GOALS:
+    for goal in (goal for goal in GOALS if goal.device == run.device):
         found = [ratio for timing in run.timings if (ratio := _measured(goal, timing)) is not None]
         for value in found:
             first = "" if goal.first is None else verdict(value, goal.first, f"{goal.first:.2f}")
@@ -116,7 +146,7 @@ def goal_table(run: Run) -> Table:
             last = verdict(value, goal.limit, f"{goal.limit:.2f}")
             rows.append([*what, f"{value:.3f}", first, last])
     for timing in run.of("overhead"):
-        if timing.pass_name in OVERHEAD_PASSES:
+        if timing.pass_name in OVERHEAD_PASSES and run.device == "cpu":
             value = timing.overhead(SUBJECT)
             what = ["overhead of a call", timing.shape, timing.pass_name, timing.dtype]
             last = verdict(value, OVERHEAD, f"{1e6 * OVERHEAD:.0f} µs")
@@ -124,7 +154,7 @@ def goal_table(run: Run) -> Table:
     for memory in run.memory_of("memory"):
         beyond = memory.beyond_sdpa()
         if memory.shape == EXTRA_MEMORY_SHAPE and beyond is not None:
-            what = ["memory beyond sdpa / one map", memory.shape, "forward+backward", "float32"]
+            what = ["memory beyond sdpa / one map", memory.shape, "forward+backward", memory.dtype]
             last = verdict(beyond, EXTRA_MEMORY, f"{EXTRA_MEMORY:.0%}")
             rows.append([*what, f"{beyond:+.1%}", "", last])
     return rows

@@ -99,8 +99,12 @@ class Workload:
         return _requiring_grad(Workload(*(change(tensor) for tensor in tensors)))
 
 
-def make_workload(shape: Shape, dtype: torch.dtype, *, seed: int = 0) -> Workload:
+def make_workload(
+    shape: Shape, dtype: torch.dtype, *, seed: int = 0, device: torch.device | str = "cpu"
+) -> Workload:
     """Standard normal inputs: logits of student and teacher have a standard deviation of 1.
+
+    The numbers do not depend on the device.
 
     grad_kl is as large as grad_output, so that a wrong gradient of the divergence shows. Where
     there are very many logits only some queries have gradients, see `GRADED_STRIDE`.
@@ -109,14 +113,14 @@ def make_workload(shape: Shape, dtype: torch.dtype, *, seed: int = 0) -> Workloa
     B, H, Lq, Lk, D = shape
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator)
+        return torch.randn(size, generator=generator).to(device)
 
     query, teacher_query = (normal(B, H, Lq, D).to(dtype) for _ in range(2))
     key, value, teacher_key = (normal(B, H, Lk, D).to(dtype) for _ in range(3))
     teacher_lse = _log_sum_exp(teacher_query, teacher_key)
     grad_output, grad_kl = normal(B, H, Lq, D).to(dtype), normal(B, H, Lq).to(teacher_lse.dtype)
     if shape.has_many_logits:
-        graded = torch.arange(Lq) % GRADED_STRIDE == 0
+        graded = torch.arange(Lq, device=device) % GRADED_STRIDE == 0
         grad_output, grad_kl = grad_output * graded[:, None], grad_kl * graded
     teacher = (teacher_query, teacher_key, teacher_lse)
     return _requiring_grad(Workload(query, key, value, *teacher, grad_output, grad_kl))

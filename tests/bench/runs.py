@@ -22,6 +22,7 @@ def timing(seconds: dict[str, list[float]], **fields: Any) -> Timing:
     return Timing(**{**given, **fields}, seconds=seconds)
 
 
-def run_of(*timings: Timing, memory: tuple[Memory, ...] = ()) -> Run:
+def run_of(*timings: Timing, memory: tuple[Memory, ...] = (), device: str = "cpu") -> Run:
     """A run on a machine nobody knows."""
-    return Run(machine={}, commit={}, date="", timings=list(timings), memory=list(memory))
+    machine = {"gpu": {"name": "nobody's"}} if device == "cuda" else {}
+    return Run(machine=machine, commit={}, date="", timings=list(timings), memory=list(memory))

@@ -71,7 +71,11 @@ def test_times_of_several_calls_are_told_per_call(results):
     (timing,) = read_run(results).of("overhead")
     calls = stored["extra_info"]["calls"]
     assert calls > 1
-    assert timing.seconds["attn_kd"] == [time / calls for time in stored["stats"]["data"]]
+    in_a_row = stored["extra_info"]["seconds"]["attn_kd"]
+    assert timing.seconds["attn_kd"] == [time / calls for time in in_a_row]
+    # pytest-benchmark's own clock sees the same calls, and what is around them.
+    around = stored["stats"]["data"]
+    assert all(inner <= outer for inner, outer in zip(in_a_row, around, strict=True))
 
 
 def test_memory_is_that_of_processes(results):

@@ -26,10 +26,12 @@ def of_goal(goal: Goal, ratio: float):
     return timing(seconds, pass_name=goal.pass_name, **place)
 
 
-@pytest.mark.parametrize("goal", GOALS, ids=lambda g: f"{g.candidate}-{g.shape}-{g.pass_name}")
+@pytest.mark.parametrize(
+    "goal", GOALS, ids=lambda g: f"{g.device}-{g.candidate}-{g.shape}-{g.pass_name}"
+)
 def test_a_goal_is_met_up_to_its_limit_and_missed_above(goal):
     def verdicts(ratio: float) -> set[str]:
-        rows = goal_table(run_of(of_goal(goal, ratio)))[1:]
+        rows = goal_table(run_of(of_goal(goal, ratio), device=goal.device))[1:]
         name = f"{goal.candidate} / {goal.peer}"
         return {row[-1].split()[-1] for row in rows if row[0] == name}
 
@@ -39,6 +41,14 @@ def test_a_goal_is_met_up_to_its_limit_and_missed_above(goal):
 
 def test_the_first_bar_stands_before_the_goal():
     assert all(goal.first is None or goal.first > goal.limit for goal in GOALS)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_run_is_held_to_the_goals_of_its_device(device):
+    goals = [goal for goal in GOALS if (goal.shape, goal.dtype) == ("dc5", "bfloat16")]
+    rows = goal_table(run_of(*(of_goal(goal, 0.1) for goal in set(goals)), device=device))[1:]
+    limits = {f"≤ {goal.limit:.2f} met" for goal in goals if goal.device == device}
+    assert {row[-1] for row in rows} == limits
 
 
 def test_goals_that_were_not_measured_are_left_out():
