@@ -33,7 +33,8 @@ class Option(NamedTuple):
     type: Callable[[str], Any] | None = None  # None: a switch
     choices: tuple[str, ...] | None = None
     value: bool = True  # that a switch sets
-    several: str | None = None  # what to call the values of an option that takes one or more
+    metavar: str | tuple[str, str] | None = None  # None: N, or X for a real number
+    several: bool = False  # takes one or more values, and may be given several times
 
 
 MODEL_OPTIONS = (
@@ -77,8 +78,11 @@ def add_training_arguments(parser: argparse.ArgumentParser, what: str) -> None:
         metavar="FILE",
         help="JSON of settings, by the names in training.json; arguments override them",
     )
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted training")
-    parser.add_argument("--overwrite", action="store_true", help="replace a training in --out")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument(
+        "--resume", action="store_true", help="go on with an interrupted training in --out"
+    )
+    again.add_argument("--overwrite", action="store_true", help="replace a training in --out")
     parser.add_argument(
         "--feature-dir",
         type=Path,
@@ -100,11 +104,12 @@ def add_options(parser: argparse.ArgumentParser, title: str, options: tuple[Opti
         if option.type is None:
             how |= {"action": "store_const", "const": option.value}
         elif option.choices is not None:
-            how |= {"choices": option.choices}
+            how |= {"choices": option.choices, "metavar": option.metavar}
         else:
-            how |= {"type": option.type, "metavar": "X" if "float" in str(option.type) else "N"}
-        if option.several is not None:
-            how |= {"nargs": "+", "metavar": option.several}
+            number = "X" if "float" in str(option.type) else "N"
+            how |= {"type": option.type, "metavar": option.metavar or number}
+        if option.several:
+            how |= {"nargs": "+", "action": "extend"}
         group.add_argument(option.flag, **how)
 
 
@@ -112,8 +117,8 @@ def configuration(args: argparse.Namespace, **known: Any) -> TrainingConfig:
     """The configuration of a command line.
 
     A field is what an argument says; else what ``--config`` says; else ``known``; else what the
-    preset's recipe says. A training that is resumed has the
-    settings it was begun with; an argument that says otherwise is refused later, by name.
+    preset's recipe says. A training that is resumed has the settings it was begun with; an argument
+    that says otherwise is refused later, by name.
 
     Raises:
         InputError: a value is refused, or a file that is read.

@@ -23,7 +23,19 @@ from attn_kd.cli._arguments import (
     require_writable,
     resolve_device,
 )
+from attn_kd.cli._layers import KINDS_OPTION, require_kinds_apply, teacher_layers
+from attn_kd.cli._training import Option, add_options
 from attn_kd.training.config import MIXED_PRECISIONS
+
+_LAYERS_OPTION = Option(
+    "--layers",
+    "layers",
+    "last (default); all; or paths of attention modules, such as model.encoder.layers.2.self_attn "
+    "(the pairs that attn-kd distill takes may be given as they are: the teacher's are kept)",
+    str,
+    metavar=("last|all|PATH", "PATH"),
+    several=True,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,21 +45,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data_argument(parser)
     add_output_argument(parser, "the cache")
     parser.add_argument("--split", default="train", metavar="NAME", help="split to run over")
-    parser.add_argument(
-        "--layers",
-        nargs="+",
-        default=["last"],
-        metavar="NAME",
-        help="last, all, or paths of attention modules (default: last)",
-    )
-    parser.add_argument(
-        "--kinds",
-        nargs="+",
-        default=["encoder_self"],
-        metavar="KIND",
-        help="kinds of layers that last and all choose from: encoder_self, decoder_self, "
-        "decoder_cross (default: encoder_self)",
-    )
     parser.add_argument(
         "--dtype",
         default="float16",
@@ -68,19 +65,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace another cache in --out")
     add_device_argument(parser)
+    add_options(parser, "which attention layers are kept", (_LAYERS_OPTION, KINDS_OPTION))
 
 
 def run(args: argparse.Namespace) -> int:
     device = resolve_device(args.device)
     require_writable(args.out)
+    layers = teacher_layers(args.layers or ["last"])
+    require_kinds_apply(args.kinds, layers)
     from tqdm import tqdm
 
     from attn_kd.training import CacheOptions, cache_teacher
 
     options = CacheOptions(
         split=args.split,
-        layers=args.layers[0] if args.layers in (["last"], ["all"]) else args.layers,
-        kinds=args.kinds,
+        layers=layers,
+        kinds=args.kinds or ["encoder_self"],
         dtype=args.dtype,
         amp=args.amp,
         views=args.views,

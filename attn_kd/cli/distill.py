@@ -2,8 +2,14 @@
 
 The student starts from the teacher's backbone and learns from (1 - alpha) times its detection loss
 and alpha times the divergence of its attention maps from the teacher's: that of the last encoder
-layer, unless told otherwise. With --alpha 0 it learns from the detection loss alone and the
-divergence is only measured: the baseline.
+layer, unless --layers and --kinds say otherwise. With --alpha 0 it learns from the detection loss
+alone and the divergence is only measured: the baseline.
+
+Layers are named by the paths of their attention modules, several pairs in a row:
+--layers model.encoder.layers.0.self_attn=model.encoder.layers.2.self_attn
+A wrong path is answered with near ones. The maps of paired layers must have as many heads (else:
+--head-map, --head-reduction mean) and lie on one grid of image positions (else: --alignment).
+
 With --teacher-cache the teacher does not run, and need not be there (see attn-kd cache-teacher).
 --out becomes a model folder, as that of `attn-kd train`.
 """
@@ -14,7 +20,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from attn_kd.cli._arguments import fraction, non_negative_float, positive_float, whole_number
+from attn_kd.cli._arguments import fraction, non_negative_float, positive_float
+from attn_kd.cli._layers import (
+    KINDS_OPTION,
+    head_map,
+    layer_selection,
+    require_kinds_apply,
+    token_grid,
+)
 from attn_kd.cli._training import (
     MODEL_OPTIONS,
     Option,
@@ -25,13 +38,18 @@ from attn_kd.cli._training import (
     run_options,
 )
 from attn_kd.distill.alignment import ALIGNMENTS
-from attn_kd.distill.layers import KINDS, SELECTIONS
 from attn_kd.errors import InputError
 from attn_kd.ops.checks import DIVERGENCES, HEAD_REDUCTIONS
 from attn_kd.training.records import RECORD_FILE, RunRecord
 
 _DISTILLATION_OPTIONS = (
-    Option("--alpha", "alpha", "weight of the distillation, 0 to 1 (default: 0.7)", fraction),
+    Option(
+        "--alpha",
+        "alpha",
+        "weight of the distillation, 0 to 1 (default: 0.7)",
+        fraction,
+        metavar="X",
+    ),
     Option("--temperature", "temperature", "of the class term (default: 1)", positive_float),
     Option(
         "--class-weight",
@@ -51,19 +69,12 @@ _ATTENTION_OPTIONS = (
         "--layers",
         "layers",
         "last: the last layer learns from the teacher's last (default, the paper); all: every "
-        "layer learns from a teacher layer of like depth",
+        "layer learns from a teacher layer of like depth; or pairs of attention modules, by path",
         str,
-        SELECTIONS,
+        metavar=("last|all|STUDENT=TEACHER", "STUDENT=TEACHER"),
+        several=True,
     ),
-    Option(
-        "--layer-kinds",
-        "layer_kinds",
-        "kinds of layers: encoder_self, attention between positions of the image (default, the "
-        "paper); decoder_self, between object queries; decoder_cross, from those to the image",
-        str,
-        KINDS,
-        several="KIND",
-    ),
+    KINDS_OPTION,
     Option(
         "--divergence",
         "divergence",
@@ -82,10 +93,11 @@ _ATTENTION_OPTIONS = (
     Option(
         "--head-map",
         "head_map",
-        "the teacher's head, from 0, that each of the student's learns from, such as 0 2 4 6 "
-        "(default: the one of its own number)",
-        whole_number,
-        several="N",
+        "the teacher's head, from 0, that each of the student's learns from, such as 0,2,4,6 "
+        "(default: the one of its own number); for one layer, by its path, STUDENT=0,2,4,6",
+        str,
+        metavar=("HEADS|STUDENT=HEADS", "STUDENT=HEADS"),
+        several=True,
     ),
     Option(
         "--alignment",
@@ -96,6 +108,15 @@ _ATTENTION_OPTIONS = (
         str,
         ALIGNMENTS,
     ),
+    Option(
+        "--teacher-grid",
+        "teacher_grid",
+        "the teacher's image positions, height x width, such as 26x26 (default: from the size of "
+        "the images)",
+        token_grid,
+        metavar="HxW",
+    ),
+    Option("--student-grid", "student_grid", "the student's", token_grid, metavar="HxW"),
 )
 
 
@@ -123,7 +144,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     teacher, cache = _teacher(args)
+    if args.layers is not None:
+        args.layers = layer_selection(args.layers)
+    if args.head_map is not None:
+        args.head_map = head_map(args.head_map)
     config = configuration(args, **_student_of(teacher, cache))
+    require_kinds_apply(args.kinds, config.layers)
     from attn_kd.training import distill_detector
 
     options = {**run_options(args, title=""), "teacher_cache": cache}

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from attn_kd._atomic import replacing_file
 from attn_kd.distill.alignment import ALIGNMENTS
@@ -68,12 +70,15 @@ class TrainingConfig:
     alpha: float = 0.7
     temperature: float = 1.0
     class_weight: float = 0.0
-    layers: str = "last"  # of each kind; "all" pairs layers by depth
-    layer_kinds: tuple[str, ...] = ("encoder_self",)
+    layers: str | dict[str, str] = "last"  # or "all", by depth; or teacher path by student path
+    kinds: tuple[str, ...] = ("encoder_self",)  # of layers that "last" and "all" choose
     divergence: str = "reverse_kl"
     head_reduction: str = "none"
-    head_map: tuple[int, ...] | None = None  # teacher head by student head; None: one to one
+    # Teacher head by student head, for all layers or by student path; None: one to one.
+    head_map: tuple[int, ...] | dict[str, tuple[int, ...]] | None = None
     alignment: str = "none"  # of token grids, see attn_kd.distill.alignment
+    teacher_grid: tuple[int, ...] | None = None  # (h, w) in tokens; None: deduced
+    student_grid: tuple[int, ...] | None = None
 
     # The backbone.
     teacher_backbone: bool = True  # a student starts from its teacher's
@@ -93,10 +98,8 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, list):  # as JSON has it
-                value = tuple(value)
-                object.__setattr__(self, field.name, value)
+            value = _from_json(getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
             _check_type(field, value)
         for name, (accepts, expected) in _RANGES.items():
             value = getattr(self, name)
@@ -135,11 +138,13 @@ class TrainingConfig:
         """Keyword arguments of :class:`~attn_kd.AttentionDistiller` beside the two models."""
         return {
             "layers": self.layers,
-            "kinds": self.layer_kinds,
+            "kinds": self.kinds,
             "divergence": self.divergence,
             "head_reduction": self.head_reduction,
             "head_map": self.head_map,
             "alignment": self.alignment,
+            "teacher_grid": self.teacher_grid,
+            "student_grid": self.student_grid,
         }
 
     def replace(self, **changes: Any) -> TrainingConfig:
@@ -221,12 +226,22 @@ def _one_of(*choices: str) -> tuple[Callable[[Any], bool], str]:
     return choices.__contains__, f"one of {', '.join(choices)}"
 
 
+def _selects_layers(value: str | dict[str, str]) -> bool:
+    return len(value) > 0 if isinstance(value, dict) else value in SELECTIONS
+
+
 def _some_of_kinds(values: tuple[str, ...]) -> bool:
     return 0 < len(set(values)) == len(values) and set(values) <= set(KINDS)
 
 
-def _head_numbers(values: tuple[int, ...]) -> bool:
-    return len(values) > 0 and min(values) >= 0
+def _head_numbers(value: tuple[int, ...] | dict[str, tuple[int, ...]]) -> bool:
+    if isinstance(value, dict):
+        return len(value) > 0 and all(map(_head_numbers, value.values()))
+    return len(value) > 0 and min(value) >= 0
+
+
+def _is_grid(values: tuple[int, ...]) -> bool:
+    return len(values) in (2, 3) and min(values) >= 1
 
 
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -261,40 +276,49 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "dropout": (_below_one, "a probability below 1"),
     "schedule": _one_of(*SCHEDULES),
     "amp": _one_of(*MIXED_PRECISIONS),
-    "layers": _one_of(*SELECTIONS),
-    "layer_kinds": (_some_of_kinds, f"some of {', '.join(KINDS)}, each once"),
+    "layers": (_selects_layers, f"{', '.join(SELECTIONS)} or {{student path: teacher path}}"),
+    "kinds": (_some_of_kinds, f"some of {', '.join(KINDS)}, each once"),
     "divergence": _one_of(*DIVERGENCES),
     "head_reduction": _one_of(*HEAD_REDUCTIONS),
     "head_map": (_head_numbers, "a teacher head, from 0, per student head"),
     "alignment": _one_of(*ALIGNMENTS),
+    **dict.fromkeys(["teacher_grid", "student_grid"], (_is_grid, "(h, w) or (T, h, w) in tokens")),
 }
 
-# Annotations are strings here (postponed evaluation): the types a field of that annotation accepts.
-_TYPES: dict[str, tuple[type, ...]] = {
-    "str": (str,),
-    "bool": (bool,),
-    "int": (int,),
-    "float": (float, int),
-}
+
+def _from_json(value: Any) -> Any:
+    """The value of a field where JSON may have brought a list; a mapping is copied."""
+    if isinstance(value, Mapping):
+        return {key: _from_json(item) for key, item in value.items()}
+    return tuple(value) if isinstance(value, list) else value
+
+
+@functools.cache
+def _annotations() -> dict[str, Any]:
+    return get_type_hints(TrainingConfig)
 
 
 def _check_type(field: dataclasses.Field, value: Any) -> None:
-    expected, _, optional = str(field.type).partition(" | ")
-    if value is None and optional == "None":
-        return
-    name, _, item = expected.partition("[")
-    if name == "tuple":
-        is_right = isinstance(value, tuple) and all(_is_a(item.partition(",")[0], v) for v in value)
-    else:
-        is_right = _is_a(name, value)
-    if not is_right:
+    if not _is_a(_annotations()[field.name], value):
         raise InputError(f"{field.name} is {value!r}; expected {field.type}")
-    if name == "float" and not math.isfinite(cast(float, value)):
+    if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"{field.name} is {value!r}; expected a finite number")
 
 
-def _is_a(name: str, value: Any) -> bool:
-    return isinstance(value, _TYPES[name]) and (name == "bool" or not isinstance(value, bool))
+def _is_a(annotation: Any, value: Any) -> bool:
+    """Whether a value is of an annotated type; an integer is a float, a bool is neither."""
+    parts = get_args(annotation)
+    if isinstance(annotation, UnionType):
+        return any(_is_a(part, value) for part in parts)
+    if isinstance(value, bool):
+        return annotation is bool
+    if get_origin(annotation) is dict:
+        return isinstance(value, dict) and all(
+            _is_a(parts[0], key) and _is_a(parts[1], item) for key, item in value.items()
+        )
+    if get_origin(annotation) is tuple:
+        return isinstance(value, tuple) and all(_is_a(parts[0], item) for item in value)
+    return isinstance(value, (float, int) if annotation is float else annotation)
 
 
 def _refuse_unknown_fields(values: Mapping[str, Any]) -> None:

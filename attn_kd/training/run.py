@@ -236,8 +236,8 @@ class _Run:
             )
         set_seed(config.seed)
         model, processor = untrained_detector(config, self.data.train, self.teacher)
-        self._verify_cache()
         rehearse(config, model, processor, self.data.train, self.teacher)
+        self._verify_cache()  # reads every shard, so last
         return model, processor
 
     def _train(

@@ -101,5 +101,5 @@ def distilled_layers(
     student: nn.Module, teacher: nn.Module, config: TrainingConfig
 ) -> dict[str, str]:
     """Which layers of the student learn from which of the teacher's, by path."""
-    pairs = pair_layers(student, teacher, config.layers, config.layer_kinds)
+    pairs = pair_layers(student, teacher, config.layers, config.kinds)
     return {pair.student_path: pair.teacher_path for pair in pairs}

@@ -215,7 +215,7 @@ class TeacherCache:
             if path not in held:
                 raise InputError(
                     f"teacher layer {path!r} is not in the teacher cache {self.folder}, "
-                    f"which holds {', '.join(held)}; expected one made with --layers for it"
+                    f"which holds {', '.join(held)}; expected a cache made with --layers {path}"
                 )
 
     def require_teacher(self, folder: str | os.PathLike) -> None:

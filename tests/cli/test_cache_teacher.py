@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -70,6 +71,30 @@ def test_options_are_arguments(teacher, data, tmp_path):
     assert (recipe.images_per_shard, recipe.seed, recipe.amp) == (4, 3, "bf16")
 
 
+def test_student_learns_from_the_cache_what_it_does_from_the_teacher(teacher, data, tmp_path):
+    """Of layers that are paired by path: the same words for both commands."""
+    encoder = "model.encoder.layers.0.self_attn=model.encoder.layers.0.self_attn"
+    decoder = "model.decoder.layers.0.encoder_attn=model.decoder.layers.1.encoder_attn"
+    layers = ["--layers", encoder, decoder]
+    folder = tmp_path / "cache"
+    assert cache_teacher(teacher, data, folder, *layers, "--dtype", "float32") == 0
+    options = [*layers, "--head-map", "3,2,1,0", "--no-augment"]
+    assert distill(data, tmp_path / "live", "--teacher", teacher, *options) == 0
+    assert distill(data, tmp_path / "cached", "--teacher-cache", str(folder), *options) == 0
+    live, cached = (
+        json.loads((tmp_path / name / "history.json").read_text())[0] for name in ("live", "cached")
+    )
+    assert cached["attention_kl"] == pytest.approx(live["attention_kl"], rel=1e-4)
+
+
+def test_layer_that_is_not_kept_is_refused_with_what_to_keep(cache, data, tmp_path, capsys):
+    path = "model.encoder.layers.0.self_attn"
+    options = ["--teacher-cache", cache, "--no-augment", "--layers", f"{path}={path}"]
+    assert distill(data, tmp_path / "out", *options) == 2
+    assert f"expected a cache made with --layers {path}" in only_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
 def test_student_learns_without_its_teacher(cache, data, tmp_path, capsys):
     assert distill(data, tmp_path / "out", "--teacher-cache", cache, "--no-augment") == 0
     assert "attention KL" in capsys.readouterr().out
@@ -102,11 +127,13 @@ def test_preset_is_the_teachers(teacher, data, tmp_path, capsys):
         (["--teacher", "nowhere"], "nowhere is not a model folder"),
         (["--split", "test"], "instances_test.json does not exist"),
         (["--layers", "model.encoder"], "is a DetrEncoder, not an attention module"),
-        (["--kinds", "encoder"], "'encoder' is no kind of layer"),
+        (["--layers", "model.encoder.layers.0.attn"], "did you mean 'model.encoder.layers.0.self"),
+        (["--layers", "a", "--kinds", "encoder_self"], "of no use with paths of layers"),
+        (["--kinds", "encoder"], "invalid choice: 'encoder'"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
         (["--views", "0"], "expected a whole number of at least 1"),
     ],
-    ids=["teacher", "split", "layer", "kind", "dtype", "views"],
+    ids=["teacher", "split", "layer", "path", "kinds of paths", "kind", "dtype", "views"],
 )
 def test_bad_input_of_the_cache_is_one_line(teacher, data, tmp_path, capsys, arguments, message):
     try:
@@ -120,7 +147,9 @@ def test_bad_input_of_the_cache_is_one_line(teacher, data, tmp_path, capsys, arg
 
 def test_another_cache_in_the_folder_is_one_line(cache, teacher, data, capsys):
     assert cache_teacher(teacher, data, cache, "--dtype", "bfloat16") == 2
-    assert "holds another teacher cache: dtype is 'bfloat16', it was" in only_line(capsys)
+    line = only_line(capsys)
+    assert "holds another teacher cache: dtype is 'bfloat16', it was" in line
+    assert "--overwrite" in line
 
 
 def test_mismatch_of_a_training_is_one_line(cache, data, tmp_path, capsys):

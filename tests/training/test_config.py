@@ -17,12 +17,28 @@ def test_round_trip_through_json(tmp_path):
         num_queries=1,
         amp="bf16",
         layers="all",
-        layer_kinds=("encoder_self", "decoder_cross"),
+        kinds=("encoder_self", "decoder_cross"),
         head_map=(0, 2, 4, 6),
         alignment="group",
+        teacher_grid=(26, 26),
     )
     config.save(tmp_path / "training.json")
     assert TrainingConfig.load(tmp_path / "training.json") == config
+
+
+def test_round_trip_of_explicit_layers(tmp_path):
+    config = TrainingConfig(layers={"s.0": "t.2", "s.1": "t.5"}, head_map={"s.0": (3, 2, 1, 0)})
+    config.save(tmp_path / "training.json")
+    loaded = TrainingConfig.load(tmp_path / "training.json")
+    assert loaded == config
+    assert list(loaded.layers) == ["s.0", "s.1"]
+
+
+def test_layers_given_as_a_mapping_are_the_configurations_own():
+    layers = {"s.0": "t.2"}
+    config = TrainingConfig(layers=layers)
+    layers["s.1"] = "t.5"
+    assert config.layers == {"s.0": "t.2"}
 
 
 @pytest.mark.parametrize("preset", [["detr-tiny"], {}, None, 1])
@@ -54,15 +70,21 @@ def test_is_frozen():
         ("amp", "fp8"),
         ("preset", None),
         ("layers", "first"),
-        ("layer_kinds", ()),
-        ("layer_kinds", "encoder_self"),
-        ("layer_kinds", ("encoder",)),
-        ("layer_kinds", ("encoder_self", "encoder_self")),
+        ("layers", {}),
+        ("layers", {"s.0": 2}),
+        ("kinds", ()),
+        ("kinds", "encoder_self"),
+        ("kinds", ("encoder",)),
+        ("kinds", ("encoder_self", "encoder_self")),
         ("divergence", "l2"),
         ("head_reduction", "max"),
         ("head_map", ()),
         ("head_map", (0, -1)),
         ("head_map", (0, True)),
+        ("head_map", {"s.0": ()}),
+        ("head_map", {"s.0": (0, "1")}),
+        ("teacher_grid", (13,)),
+        ("student_grid", (13, 0)),
         ("alignment", "pool"),
     ],
 )

@@ -17,7 +17,7 @@ from attn_kd.training import (
 )
 from tests.training.test_resume import PressesCtrlC, largest_difference
 
-ALL_KINDS = {"layers": "all", "layer_kinds": ("encoder_self", "decoder_self", "decoder_cross")}
+ALL_KINDS = {"layers": "all", "kinds": ("encoder_self", "decoder_self", "decoder_cross")}
 LOSSES = ("loss", "detection_loss", "attention_kl", "class_kl")
 
 
