@@ -153,7 +153,7 @@ def _simulate(size: Size, args: argparse.Namespace, folder: Path) -> dict[str, A
 
     clips = {"train": size.train_clips, "test": size.test_clips}
     with tqdm(total=sum(clips.values()), desc="clips", unit="clip", disable=args.quiet) as bar:
-        write_coco(folder, clips, seed=args.seed, force=True, progress=bar.update)
+        write_coco(folder, clips, seed=args.seed, overwrite=True, progress=bar.update)
     return {}
 
 

@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="write every frame, unlabelled but for the last; 30 times the files",
     )
-    parser.add_argument("--force", action="store_true", help="replace the data folder in --out")
+    parser.add_argument("--overwrite", action="store_true", help="replace the data folder in --out")
     parser.add_argument(
         "--contact-sheet", type=Path, metavar="PNG", help="picture of clips of each kind"
     )
@@ -91,7 +91,7 @@ def _write_data(args: argparse.Namespace, settings: NeedleSettings) -> None:
             settings=settings,
             whole_clips=args.whole_clips,
             device=resolve_device(args.device),
-            force=args.force,
+            overwrite=args.overwrite,
             progress=bar.update,
         )
     counts = ", ".join(f"{count} {split}" for split, count in num_clips.items())

@@ -82,7 +82,8 @@ def _require_free(folder: Path, *, overwrite: bool) -> None:
     begun = (folder / "settings.json").is_file() and (folder / "stages").is_dir()
     if begun and not overwrite:
         raise InputError(
-            f"{folder} holds an earlier run; resume it, overwrite it, or choose another folder"
+            f"{folder} holds an earlier run; expected --resume to go on with it, --overwrite to "
+            "replace it, or another folder"
         )
     if not begun and any(folder.iterdir()):
         raise InputError(f"{folder} holds other files; expected an empty or a new folder")

@@ -184,12 +184,16 @@ class RunFolder:
         Raises:
             InputError: the folder holds a run already and ``overwrite`` is not set.
         """
-        holds_run = (self.path / CONFIG_FILE).exists() or (self.path / RECORD_FILE).exists()
-        if holds_run and not overwrite:
+        if overwrite:
+            return
+        another = "--overwrite to replace it, or another folder"
+        if (self.path / RECORD_FILE).exists():
             raise InputError(
-                f"{self.path} already holds a training run or a model; "
-                "resume it, overwrite it, or choose another folder"
+                f"{self.path} already holds a training run; "
+                f"expected --resume to go on with it, {another}"
             )
+        if (self.path / CONFIG_FILE).exists():
+            raise InputError(f"{self.path} already holds a model; expected {another}")
 
     def begin(self, record: RunRecord, *, overwrite: bool) -> None:
         """Make the folder ready for a new run.

@@ -155,8 +155,8 @@ def _begin(folder: Path, recipe: CacheRecipe, *, overwrite: bool) -> dict[str, S
     elif difference := _difference(recipe, before):
         if not overwrite:
             raise InputError(
-                f"{folder} holds another teacher cache: {difference}; overwrite it, or choose "
-                "another folder"
+                f"{folder} holds another teacher cache: {difference}; expected --overwrite to "
+                "replace it, or another folder"
             )
     else:
         numbers = {shard_file(number): number for number in range(recipe.num_shards)}

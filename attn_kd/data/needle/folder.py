@@ -38,7 +38,7 @@ def write_coco(
     settings: NeedleSettings | None = None,
     whole_clips: bool = False,
     device: torch.device | str = "cpu",
-    force: bool = False,
+    overwrite: bool = False,
     progress: Callable[[int], None] = lambda clips: None,
 ) -> Path:
     """Simulate clips and write them as a data folder, all of it or nothing.
@@ -51,7 +51,7 @@ def write_coco(
         out: folder to write.
         num_clips: clips of each split, e.g. `{"train": 2000, "val": 300}`.
         whole_clips: write every frame rather than the last of each clip alone.
-        force: replace a data folder that is there.
+        overwrite: replace a data folder that is there.
         progress: called with the number of clips just written.
 
     Returns:
@@ -67,7 +67,7 @@ def write_coco(
     if not num_clips:
         raise InputError("no split is named; expected at least one, such as train")
     out = Path(out)
-    _check_replaceable(out, force)
+    _check_replaceable(out, overwrite)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with replacing_folder(out) as folder:
@@ -81,15 +81,15 @@ def write_coco(
     return out
 
 
-def _check_replaceable(out: Path, force: bool) -> None:
-    """Refuse to write over anything but an empty folder or, if forced, a data folder."""
+def _check_replaceable(out: Path, overwrite: bool) -> None:
+    """Refuse to write over anything but an empty folder or, to be replaced, a data folder."""
     if not out.exists():
         return
     if not out.is_dir():
         raise InputError(f"{out} is a file; expected a folder to write")
     content = {path.name for path in out.iterdir()}
-    if content and not force:
-        raise InputError(f"{out} is not empty; expected a new folder, or --force to replace it")
+    if content and not overwrite:
+        raise InputError(f"{out} is not empty; expected a new folder, or --overwrite to replace it")
     foreign = sorted(content - {"images", "annotations"})
     if foreign:
         raise InputError(f"{out} holds {foreign[0]}, which no data folder does; not replaced")

@@ -64,17 +64,17 @@ def test_a_folder_with_content_is_refused_and_left_alone(tmp_path):
     assert sorted(path.name for path in root.rglob("*")) == before
 
 
-def test_force_replaces_a_data_folder(tmp_path):
+def test_overwriting_replaces_a_data_folder(tmp_path):
     root = write_coco(tmp_path / "data", {"train": 2}, settings=SMALL)
-    write_coco(root, {"val": 3}, settings=SMALL, force=True)
+    write_coco(root, {"val": 3}, settings=SMALL, overwrite=True)
     assert [path.name for path in (root / "annotations").iterdir()] == ["instances_val.json"]
     assert len(list((root / "images").iterdir())) == 3
 
 
-def test_force_replaces_nothing_but_a_data_folder(tmp_path):
+def test_overwriting_replaces_nothing_but_a_data_folder(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(InputError, match=r"thesis\.tex"):
-        write_coco(tmp_path, {"train": 2}, settings=SMALL, force=True)
+        write_coco(tmp_path, {"train": 2}, settings=SMALL, overwrite=True)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
