@@ -36,7 +36,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--threads") is not None:
         torch.set_num_threads(config.getoption("--threads"))
-    config.addinivalue_line("markers", "cpu_only: measures what matters on CPUs alone")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

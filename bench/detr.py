@@ -7,11 +7,13 @@ beyond weights, gradients, the optimizer's state and the images.
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import DetrForObjectDetection
+from transformers.models.resnet.modeling_resnet import ResNetStage
 
 from attn_kd import AttentionDistiller
 from attn_kd.distill import distillation_loss
@@ -30,9 +32,11 @@ class Setting(NamedTuple):
     """A detector and its images; the student has one encoder and one decoder layer."""
 
     preset: str
-    pixels: int  # of a square image's side
+    pixels: int  # of an image's height
     batch: int
     teacher_layers: int
+    width: int = 0  # of an image, in pixels; 0: as its height
+    dilated: bool = False  # the backbone's last stage, instead of its stride: DETR-DC5
 
 
 SETTINGS = {
@@ -41,6 +45,11 @@ SETTINGS = {
     "detr-tiny-800": Setting("detr-tiny", 800, 1, 3),  # 2500 tokens
     "detr-r50-416": Setting("detr-r50", 416, 1, 6),  # 169 tokens, as in the paper
     "detr-r50-800": Setting("detr-r50", 800, 1, 6),  # 625 tokens
+}
+# COCO's usual size, as DETR is trained on a GPU: 25 × 42 and 50 × 84 tokens.
+GPU_SETTINGS = {
+    "detr-r50-coco": Setting("detr-r50", 800, 8, 6, 1344),
+    "detr-r50-dc5-coco": Setting("detr-r50", 800, 8, 6, 1344, dilated=True),
 }
 
 
@@ -52,10 +61,25 @@ class Losses(NamedTuple):
 
 
 class TrainingStep:
-    """Steps of one student: forward, backward, AdamW. Called with a batch."""
+    """Steps of one student: forward, backward, AdamW. Called with a batch.
 
-    def __init__(self, way: str, setting: Setting, dtype: torch.dtype = torch.float32) -> None:
+    Args:
+        dtype: of the weights.
+        autocast: what torch.autocast computes in, if it does.
+    """
+
+    def __init__(
+        self,
+        way: str,
+        setting: Setting,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        autocast: torch.dtype | None = None,
+    ) -> None:
         self.way = way
+        self._autocast = partial(
+            torch.autocast, torch.device(device).type, autocast, enabled=autocast is not None
+        )
         torch.manual_seed(0)
         teacher = _build(setting, setting.teacher_layers)
         self.student = _build(setting, 1)
@@ -63,7 +87,7 @@ class TrainingStep:
         for model in (teacher, self.student):
             freeze_backbone(model)  # as in the paper
             _scale_tokens(model)
-            model.to(dtype)
+            model.to(device, dtype)
             _set_attention(model, "eager" if way == "eager" else "sdpa")
         self.student.train()
         self._teacher = teacher.eval()
@@ -74,7 +98,8 @@ class TrainingStep:
     def __call__(self, batch: dict[str, Any]) -> Losses:
         """Take one step; the parameters keep its gradients until the next."""
         self._optimizer.zero_grad()
-        losses, total = self._losses(batch)
+        with self._autocast():
+            losses, total = self._losses(batch)
         total.backward()
         self._optimizer.step()
         return losses
@@ -105,17 +130,21 @@ class TrainingStep:
 
 
 def make_batch(
-    setting: Setting, *, pixels: int | None = None, dtype: torch.dtype = torch.float32
+    setting: Setting,
+    *,
+    pixels: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """Images of noise with one object each, of the setting's size or another."""
-    size = setting.pixels if pixels is None else pixels
+    """Images of noise with one object each, of the setting's size or square and of another."""
+    size = (setting.pixels, setting.width or setting.pixels) if pixels is None else (pixels, pixels)
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(setting.batch, 3, size, size, generator=generator).to(dtype)
-    box = torch.tensor([[0.5, 0.4, 0.2, 0.3]], dtype=dtype)
-    label = {"class_labels": torch.tensor([0]), "boxes": box}
+    images = torch.randn(setting.batch, 3, *size, generator=generator)
+    box = torch.tensor([[0.5, 0.4, 0.2, 0.3]], dtype=dtype, device=device)
+    label = {"class_labels": torch.tensor([0], device=device), "boxes": box}
     return {
-        "pixel_values": images,
-        "pixel_mask": torch.ones(setting.batch, size, size, dtype=torch.long),
+        "pixel_values": images.to(device, dtype),
+        "pixel_mask": torch.ones(setting.batch, *size, dtype=torch.long, device=device),
         "labels": [label] * setting.batch,
     }
 
@@ -143,9 +172,22 @@ def peak_bytes_of_step(way: str, setting: Setting) -> int:
 
 def _build(setting: Setting, layers: int) -> DetrForObjectDetection:
     # One query has one way to be matched; without dropout, all ways compute the same.
-    return build_detr(
+    model = build_detr(
         setting.preset, encoder_layers=layers, decoder_layers=layers, num_queries=1, dropout=0.0
     )
+    if setting.dilated:
+        _dilate_last_stage(model)
+    return model
+
+
+def _dilate_last_stage(model: DetrForObjectDetection) -> None:
+    """Trade the stride of the backbone's last stage for dilation: four times the tokens."""
+    stages = [m for m in model.model.backbone.modules() if isinstance(m, ResNetStage)]
+    for convolution in stages[-1].modules():
+        if isinstance(convolution, torch.nn.Conv2d):
+            convolution.stride = (1, 1)
+            if convolution.kernel_size == (3, 3):
+                convolution.dilation = convolution.padding = (2, 2)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ NAME = "detr-tiny-128"
 
 @pytest.fixture(scope="module")
 def exact() -> ExactStep:
-    return ExactStep(NAME)
+    return ExactStep(SETTINGS[NAME])
 
 
 @pytest.mark.parametrize("way", WAYS)
