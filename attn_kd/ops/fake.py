@@ -12,12 +12,12 @@ from attn_kd.ops.arguments import Operands, Options
 
 
 def register() -> None:
-    """Register the rules; the operators must have been defined."""
-    torch.library.register_fake("attn_kd::attention_kl_forward", _attention_kl_forward)
-    torch.library.register_fake("attn_kd::attention_kl_backward", _attention_kl_backward)
+    """Register the rules of the compiled operators, which must have been defined."""
+    torch.library.register_fake("attn_kd::attention_kl_forward", attention_kl_forward)
+    torch.library.register_fake("attn_kd::attention_kl_backward", attention_kl_backward)
 
 
-def _attention_kl_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def attention_kl_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     operands = Operands(*arguments[: len(Operands._fields)])
     options = Options(*arguments[len(Operands._fields) :])
     query, _, value, teacher_query, *_ = operands
@@ -48,7 +48,7 @@ def _check_devices(operands: Operands) -> None:
             )
 
 
-def _attention_kl_backward(
+def attention_kl_backward(
     grad_output: Tensor | None,
     grad_kl: Tensor | None,
     grad_lse: Tensor | None,

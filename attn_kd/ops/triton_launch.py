@@ -1,0 +1,237 @@
+"""The kernels' arguments, made of a problem's tensors: one place, for launches and for tests.
+
+A `Launch` is a description. Its tensors may be of the meta device: then it says what a kernel would
+be compiled for. Importing this module imports Triton.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from attn_kd.kernels.triton.backward import (
+    RowGradients,
+    backward_keys_kernel,
+    backward_rows_kernel,
+    row_constants_kernel,
+)
+from attn_kd.kernels.triton.configurations import Tiling, tiling
+from attn_kd.kernels.triton.forward import RowResults, forward_kernel
+from attn_kd.kernels.triton.operands import Mask, Operand, Scales, Student, Teacher
+from attn_kd.kernels.triton.philox import Noise
+from attn_kd.kernels.triton.variant import Variant
+from attn_kd.ops.triton_problem import Problem, mask_strides, products_precision
+
+LOG2E = math.log2(math.e)
+
+Arguments = dict[str, Any]
+
+
+class Launch(NamedTuple):
+    """A kernel and all it is launched with."""
+
+    kernel: Any  # a function under triton.jit
+    programs: int
+    arguments: Arguments  # by the kernel's parameters
+    options: dict[str, Any]  # the compiler's
+
+    def run(self) -> None:
+        """Enqueue it on the current stream of the current device."""
+        self.kernel[(self.programs,)](**self.arguments, **self.options)
+
+
+def is_interpreted() -> bool:
+    """Whether the kernels were imported for Triton's interpreter."""
+    return type(forward_kernel).__name__ == "InterpretedFunction"
+
+
+def forward_launch(
+    problem: Problem,
+    output: Tensor,  # [B, H, Lq, Dv]
+    kl: Tensor | None,  # [B, H, Lq], like those that follow; None where nobody asks
+    lse: Tensor,
+    teacher_lse: Tensor | None,  # where it is to be computed
+    teacher_lse_rest: Tensor | None,  # what rounding dropped of it
+    row_state: Tensor,  # [3, B, H, Lq]
+) -> Launch:
+    """The forward pass of one sweep over the keys: all of it, or the first of two passes."""
+    variant, tile = make_variant("forward", problem, value_dim=problem.operands.value.shape[3])
+    arguments = {
+        "student": student_of(problem),
+        "teacher": teacher_of(problem, problem.operands.teacher_lse),
+        "mask": mask_of(problem),
+        "noise": noise_of(problem),
+        "output": operand(output if output.shape[3] else None),
+        "results": RowResults(kl, lse, teacher_lse, teacher_lse_rest, row_state),
+        "scales": scales_of(problem),
+        **problem.sizes,
+        "V": variant,
+    }
+    return launch(forward_kernel, problem, tile, "query_length", tile.block_q, arguments)
+
+
+def launch(
+    kernel: Any,
+    problem: Problem,
+    tile: Tiling,
+    length: str,
+    block: int,
+    arguments: Arguments,
+) -> Launch:
+    """A launch with one program for every `block` of `length` in every head."""
+    sizes = problem.sizes
+    programs = sizes["batch_heads"] * -(-sizes[length] // block)
+    return Launch(kernel, programs, arguments, compiler_options(tile))
+
+
+def compiler_options(tile: Tiling) -> dict[str, Any]:
+    """The options of a compilation."""
+    return {
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+        "enable_fp_fusion": True,
+    }
+
+
+def make_variant(
+    kernel: str,
+    problem: Problem,
+    *,
+    value_dim: int,
+    divergence: str | None = None,
+    dropout: bool | None = None,
+) -> tuple[Variant, Tiling]:
+    """What the kernel is compiled for, and its tiling.
+
+    `divergence` and `dropout` are the problem's where they are not given; without a divergence
+    there is no teacher.
+    """
+    operands = problem.operands
+    divergence = problem.divergence if divergence is None else divergence
+    teacher = operands.teacher_query if divergence != "none" else None
+    teacher_dim = 0 if teacher is None else teacher.shape[3]
+    head_dim = operands.query.shape[3]
+    itemsize = max(t.element_size() for t in (operands.query, teacher) if t is not None)
+    tile = tiling(kernel, max(head_dim, value_dim, teacher_dim), itemsize, is_interpreted())
+    mask = operands.attn_mask
+    variant = Variant(
+        block_q=tile.block_q,
+        block_k=tile.block_k,
+        head_dim=head_dim,
+        value_dim=value_dim,
+        teacher_dim=teacher_dim,
+        divergence=divergence,
+        group=problem.group if teacher is not None else 1,
+        teacher_lse_given=teacher is not None and operands.teacher_lse is not None,
+        masked=mask is not None,
+        mask_per_key=mask is not None and mask_strides(mask)[2] == 0,
+        dropout=problem.dropout_p > 0.0 and value_dim > 0 if dropout is None else dropout,
+        precision=products_precision() if itemsize == 4 else "ieee",
+    )
+    return variant, tile
+
+
+def student_of(problem: Problem) -> Student:
+    """The student's tensors as a kernel takes them."""
+    query, key, value, *_ = problem.operands
+    return Student(operand(query), operand(key), operand(value if value.shape[3] else None))
+
+
+def teacher_of(problem: Problem, teacher_lse: Tensor | None) -> Teacher:
+    """The teacher's tensors as a kernel takes them."""
+    operands = problem.operands
+    return Teacher(operand(operands.teacher_query), operand(operands.teacher_key), teacher_lse)
+
+
+def operand(tensor: Tensor | None) -> Operand:
+    """A [B, H, L, width] tensor, or none, as a kernel takes it."""
+    if tensor is None:
+        return Operand(None, 0, 0, 0)
+    return Operand(tensor, *tensor.stride()[:3])
+
+
+def mask_of(problem: Problem) -> Mask:
+    """The mask, or none, as a kernel takes it."""
+    mask = problem.operands.attn_mask
+    return Mask(None, 0, 0, 0, 0) if mask is None else Mask(mask, *mask_strides(mask))
+
+
+def noise_of(problem: Problem) -> Noise:
+    """What dropout keeps, as a kernel takes it."""
+    dropout_p = problem.dropout_p
+    if dropout_p == 0.0:
+        return Noise(None, 0, 1.0)
+    # A word is kept iff it is at least p * 2**32; p just below 1 keeps the highest word alone.
+    threshold = min(math.ceil(dropout_p * 2**32), 2**32 - 1)
+    signed = threshold - 2**32 if threshold >= 2**31 else threshold
+    return Noise(problem.operands.dropout_seed, signed, 1.0 / (1.0 - dropout_p))
+
+
+def scales_of(problem: Problem) -> Scales:
+    """The factors on logits and gradients as a kernel takes them."""
+    return Scales(problem.scale * LOG2E, problem.teacher_scale * LOG2E, problem.scale)
+
+
+class Arriving(NamedTuple):
+    """The gradients that reach a call's results, and what the forward pass left."""
+
+    grad_output: Tensor | None  # [B, H, Lq, Dv]
+    grad_kl: Tensor | None  # contiguous float32 [B, H, Lq]
+    grad_lse: Tensor | None  # contiguous float32 [B, H, Lq]
+    output: Tensor  # [B, H, Lq, Dv]
+    teacher_lse: Tensor | None  # contiguous float32 [B, H, Lq]
+    row_state: Tensor  # contiguous float32 [3, B, H, Lq]
+
+
+def backward_launches(
+    problem: Problem,
+    arriving: Arriving,
+    constants: Tensor,  # [3, B, H, Lq] float32, scratch
+    grad_query: Tensor,  # [B, H, Lq, D]
+    grad_key: Tensor,  # [B, H, Lk, D]
+    grad_value: Tensor,  # [B, H, Lk, Dv], not written without a grad_output
+) -> list[Launch]:
+    """The backward pass of one sweep, kernels in their order."""
+    value_dim = 0 if arriving.grad_output is None else problem.operands.value.shape[3]
+    divergence = "none" if arriving.grad_kl is None else problem.divergence
+
+    def variant_of(kernel: str) -> tuple[Variant, Tiling]:
+        return make_variant(kernel, problem, value_dim=value_dim, divergence=divergence)
+
+    shared = {
+        "student": student_of(problem),
+        "teacher": teacher_of(problem, None),
+        "mask": mask_of(problem),
+        "noise": noise_of(problem),
+        "grad_output": operand(arriving.grad_output),
+        "state": arriving.row_state,
+        "constants": constants,
+        "scales": scales_of(problem),
+        **problem.sizes,
+    }
+    variant, tile = variant_of("backward_keys")
+    keys = shared | {"grad_key": operand(grad_key), "grad_value": operand(grad_value), "V": variant}
+    by_keys = launch(backward_keys_kernel, problem, tile, "key_length", tile.block_k, keys)
+    variant, tile = variant_of("backward_rows")
+    rows = shared | {"grad_query": operand(grad_query), "V": variant}
+    by_rows = launch(backward_rows_kernel, problem, tile, "query_length", tile.block_q, rows)
+    return [row_constants_launch(problem, arriving, constants, variant, tile), by_keys, by_rows]
+
+
+def row_constants_launch(
+    problem: Problem, arriving: Arriving, constants: Tensor, variant: Variant, tile: Tiling
+) -> Launch:
+    """What is constant in a row, of a backward pass of that variant."""
+    arguments = {
+        "output": operand(arriving.output if arriving.grad_output is not None else None),
+        "grad_output": operand(arriving.grad_output),
+        "grads": RowGradients(arriving.grad_kl, arriving.grad_lse),
+        "state": arriving.row_state,
+        "teacher_lse": arriving.teacher_lse,
+        "constants": constants,
+        **problem.sizes,
+        "V": variant,
+    }
+    return launch(row_constants_kernel, problem, tile, "query_length", tile.block_q, arguments)

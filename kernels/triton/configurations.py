@@ -1,0 +1,72 @@
+"""Which tiles a kernel works on, by width, dtype and architecture: a table, no tuning at run time.
+
+Nothing here was run on a GPU: the entries follow from registers and shared memory, which the tests
+read from the compiled kernels.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Tiling(NamedTuple):
+    """Rows and keys of a tile, and how a program works through them."""
+
+    block_q: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+# Where Triton interprets: several tiles at the sizes of tests.
+INTERPRETED = Tiling(32, 32, 4, 1)
+
+WIDTHS = (32, 64, 128, 256)  # classes of the widest of D, Dv and Dt
+KERNELS = ("forward", "backward_keys", "backward_rows")
+
+# By kernel and class of width, for operands of 16 bits.
+_HALF = {
+    ("forward", 32): Tiling(128, 64, 8, 3),
+    ("forward", 64): Tiling(128, 64, 8, 3),
+    ("forward", 128): Tiling(64, 64, 8, 2),
+    ("forward", 256): Tiling(64, 32, 8, 2),
+    ("backward_keys", 32): Tiling(64, 128, 8, 2),
+    ("backward_keys", 64): Tiling(64, 64, 8, 2),
+    ("backward_keys", 128): Tiling(32, 64, 8, 2),
+    ("backward_keys", 256): Tiling(32, 32, 8, 1),
+    ("backward_rows", 32): Tiling(128, 64, 8, 2),
+    ("backward_rows", 64): Tiling(64, 64, 8, 2),
+    ("backward_rows", 128): Tiling(64, 32, 8, 2),
+    ("backward_rows", 256): Tiling(32, 32, 8, 1),
+}
+
+# The same where any operand is float32.
+_FLOAT = {
+    ("forward", 32): Tiling(64, 32, 8, 2),
+    ("forward", 64): Tiling(64, 32, 8, 2),
+    ("forward", 128): Tiling(32, 32, 8, 1),
+    ("forward", 256): Tiling(16, 32, 8, 1),
+    ("backward_keys", 32): Tiling(32, 64, 8, 1),
+    ("backward_keys", 64): Tiling(32, 32, 8, 1),
+    ("backward_keys", 128): Tiling(32, 32, 8, 1),
+    ("backward_keys", 256): Tiling(16, 16, 8, 1),
+    ("backward_rows", 32): Tiling(64, 32, 8, 1),
+    ("backward_rows", 64): Tiling(32, 32, 8, 1),
+    ("backward_rows", 128): Tiling(32, 32, 8, 1),
+    ("backward_rows", 256): Tiling(16, 16, 8, 1),
+}
+
+
+def tiling(kernel: str, widest: int, itemsize: int, interpreted: bool = False) -> Tiling:
+    """Return the tiling of a kernel.
+
+    Args:
+        kernel: one of KERNELS.
+        widest: of D, Dv and Dt.
+        itemsize: bytes of an element of the widest dtype among the operands.
+        interpreted: whether Triton's interpreter will run it.
+    """
+    if interpreted:
+        return INTERPRETED
+    width = next(width for width in WIDTHS if widest <= width)
+    return (_HALF if itemsize == 2 else _FLOAT)[kernel, width]
