@@ -23,7 +23,7 @@ WARM_UP = 3  # calls before a capture, which must meet nothing for the first tim
 
 
 class Replay:
-    """A call captured in a CUDA graph; calling this replays it and returns its tensors, rewritten."""
+    """A call captured in a CUDA graph; calling this replays it and returns the same tensors."""
 
     def __init__(self, function: Callable[[], Any]) -> None:
         stream = torch.cuda.Stream()
