@@ -11,7 +11,10 @@ features, so the features have to know where they are.
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,13 +22,60 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
+from attn_kd.training.callbacks import StopOnInterrupt, TrainingInterrupted
+from attn_kd.training.records import latest_checkpoint
+from attn_kd.training.sources import Source
+from attn_kd.training.trainer import DistillationTrainer, is_last
+
 if TYPE_CHECKING:
-    from transformers import DetrForObjectDetection
+    from transformers import DetrForObjectDetection, TrainerCallback, TrainingArguments
 
 _NO_OBJECT_WEIGHT = 0.1  # most cells have none; these three are DETR's (Carion et al. 2020)
 _L1_WEIGHT = 5.0
 _GIOU_WEIGHT = 2.0
 _CENTRAL = 0.5  # a cell is central in an object up to this share of the way from centre to side
+
+
+def pretrain_backbone(
+    model: DetrForObjectDetection,
+    source: Source,
+    arguments: TrainingArguments,
+    callbacks: Sequence[TrainerCallback],
+    keep: Callable[[], None],
+) -> None:
+    """Train the backbone of a detector in place by dense objectness.
+
+    Goes on from the last checkpoint in ``arguments.output_dir`` if there is one; that folder is
+    gone in the end.
+
+    Args:
+        keep: called when the backbone is trained, in one process, to save the detector.
+
+    Raises:
+        InputError: the training diverged, or a checkpoint is broken.
+        TrainingInterrupted: Ctrl-C; the folder holds a checkpoint, or the detector is saved.
+    """
+    interrupt = StopOnInterrupt()
+    trainer = DistillationTrainer(
+        model=DenseObjectness(model),
+        args=arguments,
+        train_dataset=source.dataset,
+        data_collator=source.collate,
+        callbacks=[*callbacks, interrupt],
+    )
+    checkpoint = latest_checkpoint(Path(arguments.output_dir))
+    with interrupt:
+        if checkpoint is not None and is_last(checkpoint):
+            trainer.load_weights(checkpoint)
+        else:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.require_finite_weights()
+    if trainer.is_world_process_zero():
+        keep()
+        shutil.rmtree(arguments.output_dir, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    if interrupt.requested:
+        raise TrainingInterrupted("the backbone is pretrained; --resume goes on from there")
 
 
 @dataclass

@@ -164,6 +164,11 @@ class RunFolder:
         return (self.path / CONFIG_FILE).is_file() and not self.checkpoints.exists()
 
     @property
+    def pretraining(self) -> Path:
+        """Where checkpoints of the backbone's pretraining are, until it is done."""
+        return self.checkpoints / "pretraining"
+
+    @property
     def pretrained(self) -> Path:
         """Where the model is kept whose backbone has been pretrained, before the first step."""
         return self.checkpoints / "pretrained"
@@ -176,7 +181,8 @@ class RunFolder:
     @property
     def has_progress(self) -> bool:
         """Whether there is anything that a resumed run could go on from."""
-        return self.has_pretrained or latest_checkpoint(self.checkpoints) is not None
+        folders = (self.pretraining, self.checkpoints)
+        return self.has_pretrained or any(map(latest_checkpoint, folders))
 
     def require_free(self, *, overwrite: bool) -> None:
         """Check that a new run may begin here.

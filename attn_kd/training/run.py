@@ -34,7 +34,7 @@ from attn_kd.training.callbacks import (
 from attn_kd.training.config import TrainingConfig, read_json
 from attn_kd.training.datasets import data_fingerprint
 from attn_kd.training.evaluation import detection_metrics
-from attn_kd.training.pretrain import DenseObjectness
+from attn_kd.training.pretrain import pretrain_backbone
 from attn_kd.training.records import (
     HISTORY_FILE,
     TENSORBOARD,
@@ -45,7 +45,7 @@ from attn_kd.training.records import (
 )
 from attn_kd.training.sources import Source, TrainingData, feature_source, image_source
 from attn_kd.training.teacher import Teacher, distilled_layers
-from attn_kd.training.trainer import DistillationTrainer, checkpoint_state
+from attn_kd.training.trainer import DistillationTrainer, checkpoint_state, is_last
 from attn_kd.training.untrained import rehearse, untrained_detector
 
 if TYPE_CHECKING:
@@ -211,15 +211,14 @@ class _Run:
 
     def _go_on(self, checkpoint: Path | None) -> None:
         """Train on from a checkpoint, or from the first step where there is none."""
-        state = None if checkpoint is None else checkpoint_state(checkpoint)
-        if checkpoint is None or state is None or state.global_step < state.max_steps:
+        if checkpoint is None or not is_last(checkpoint):
             self._train(*self._prepare(), checkpoint)
             return
-        # Only the end of the run is missing; transformers would train for a step too many.
+        history = history_entries(checkpoint_state(checkpoint).log_history)
         arguments = self._arguments()
         with arguments.main_process_first(desc="saving the model"):
             if arguments.process_index == 0:
-                write_json(self.folder.path / HISTORY_FILE, history_entries(state.log_history))
+                write_json(self.folder.path / HISTORY_FILE, history)
                 save_detector(*load_detector(checkpoint), self.folder.path)
                 self.folder.finish()
 
@@ -260,8 +259,7 @@ class _Run:
                 # The trainer does that too, but after the features have been cached.
                 model.load_state_dict(load_detector(trained)[0].state_dict())
             elif config.pretrain_backbone_steps and not self._starts_from_teacher:
-                with begun_again("the pretraining of the backbone"):
-                    self._pretrain(model, processor)
+                self._pretrain(model, processor)
             if config.freeze_backbone:
                 freeze_backbone(model)
             with begun_again("the caching of features"):
@@ -293,26 +291,18 @@ class _Run:
         return None if self.teacher is None or self.cache is not None else self.teacher.model
 
     def _pretrain(self, model: DetrForObjectDetection, processor: BaseImageProcessor) -> None:
-        """Dense objectness: trains the backbone of ``model`` in place, and keeps the result."""
+        """Train the backbone of ``model`` in place, and keep the result."""
         source = image_source(self.data.train, processor, self.config)
-        trainer = DistillationTrainer(
-            model=DenseObjectness(model),
-            args=self._arguments(
-                max_steps=self.config.pretrain_backbone_steps,
-                learning_rate=self.config.pretrain_learning_rate,
-                max_grad_norm=1.0,
-                save_strategy="no",
-                eval_strategy="no",
-            ),
-            train_dataset=source.dataset,
-            data_collator=source.collate,
-            callbacks=self._callbacks(source, "backbone"),
+        arguments = self._arguments(
+            output_dir=str(self.folder.pretraining),
+            max_steps=self.config.pretrain_backbone_steps,
+            learning_rate=self.config.pretrain_learning_rate,
+            max_grad_norm=1.0,
+            eval_strategy="no",
         )
-        trainer.train()
-        trainer.require_finite_weights()
-        if trainer.is_world_process_zero():
-            save_detector(model, processor, self.folder.pretrained)
-        trainer.accelerator.wait_for_everyone()
+        callbacks = self._callbacks(source, "backbone")
+        keep = partial(save_detector, model, processor, self.folder.pretrained)
+        pretrain_backbone(model, source, arguments, callbacks, keep)
 
     def _trainer(
         self, model: DetrForObjectDetection, processor: BaseImageProcessor

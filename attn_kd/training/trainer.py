@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import pickle
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,11 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
-from transformers import Trainer, TrainerControl, TrainerState
+from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from attn_kd.distill import AttentionDistiller, distillation_loss
 from attn_kd.errors import InputError
@@ -267,17 +271,28 @@ class DistillationTrainer(Trainer):
             rotate_checkpoints(str(run_folder), self.args.save_total_limit)
         self._staging = None
 
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
-        """Load the weights of a checkpoint.
+    def load_weights(self, checkpoint: str | os.PathLike) -> None:
+        """Load the weights of a checkpoint into the model.
 
         ``save_pretrained`` gives DETR's tensors the names of the original DETR. ``from_pretrained``
         takes them back; resuming in transformers 5.23 does not, and leaves those tensors as they
-        are with a warning.
+        are with a warning. Of a model that is none of transformers', the tensors are as they are.
+
+        Raises:
+            InputError: a file is missing or broken.
         """
-        saved, _ = load_detector(resume_from_checkpoint)
-        self.model.load_state_dict(saved.state_dict())
+        if isinstance(self.model, PreTrainedModel):
+            state = load_detector(checkpoint)[0].state_dict()
+        else:
+            with _broken_files_named(checkpoint, SAFE_WEIGHTS_NAME):
+                state = load_file(Path(checkpoint) / SAFE_WEIGHTS_NAME)
+        self.model.load_state_dict(state)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        """As :meth:`load_weights`."""
+        self.load_weights(resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As in the base class, which takes a missing file for nothing to load.
@@ -317,8 +332,18 @@ def checkpoint_state(checkpoint: Path) -> TrainerState:
         return TrainerState.load_from_json(str(path))
 
 
+def is_last(checkpoint: Path) -> bool:
+    """Whether a training has no step left after a checkpoint; resumed, it would do one too many.
+
+    Raises:
+        InputError: the file is missing or broken.
+    """
+    state = checkpoint_state(checkpoint)
+    return state.global_step >= state.max_steps
+
+
 @contextlib.contextmanager
-def _broken_files_named(checkpoint: str | Path | None, files: str) -> Iterator[None]:
+def _broken_files_named(checkpoint: str | os.PathLike | None, files: str) -> Iterator[None]:
     """Turn what reading damaged files raises into one clear error."""
     try:
         yield
@@ -330,6 +355,7 @@ def _broken_files_named(checkpoint: str | Path | None, files: str) -> Iterator[N
         EOFError,
         OSError,
         pickle.UnpicklingError,
+        SafetensorError,
     ) as error:
         raise InputError(
             f"cannot resume from {checkpoint}: {files} is broken ({type(error).__name__})"

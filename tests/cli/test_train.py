@@ -140,7 +140,7 @@ def start():
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal to another process")
-def test_ctrl_c_in_pretraining_is_one_line_that_says_how_to_go_on(data, start, tmp_path):
+def test_ctrl_c_in_pretraining_ends_at_a_checkpoint(data, start, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "attn_kd", "train", "--data", data, "--out", str(out), *BRIEF]
     command += ["--steps", "1", "--pretrain-steps", "100000", "-q"]
@@ -154,7 +154,8 @@ def test_ctrl_c_in_pretraining_is_one_line_that_says_how_to_go_on(data, start, t
     errors = process.communicate(timeout=60)[1]
     assert process.returncode == 130
     (line,) = errors.split("\n")[1:-1]
-    assert line.endswith("interrupted; --resume begins the pretraining of the backbone again")
+    assert line.endswith("interrupted; a checkpoint is written; --resume goes on from there")
+    assert latest_checkpoint(out / "checkpoints" / "pretraining") is not None
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal to another process")

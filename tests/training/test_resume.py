@@ -1,6 +1,8 @@
 """An interrupted training goes on, and ends where an uninterrupted one does."""
 
 import errno
+import multiprocessing
+import os
 import shutil
 import signal
 
@@ -214,14 +216,15 @@ def test_ctrl_c_after_the_last_step_finds_the_training_complete(tiny_data, tiny_
     assert again.history[-1]["step"] == 4
 
 
+def disk_is_full(*arguments):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def test_run_whose_last_step_is_done_is_not_trained_further(
     tiny_data, tiny_config, tmp_path, monkeypatch
 ):
     config = tiny_config.replace(max_steps=4)
     whole = train_detector(config, tiny_data, tmp_path / "whole", device="cpu")
-
-    def disk_is_full(*arguments):
-        raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
         patch.setattr("attn_kd.training.run.save_detector", disk_is_full)
@@ -231,22 +234,98 @@ def test_run_whose_last_step_is_done_is_not_trained_further(
     assert [entry["step"] for entry in resumed.history] == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize(
-    ("read", "stage"),
-    [(3, "the pretraining of the backbone"), (20, "the caching of features")],
-    ids=["pretraining", "caching"],
-)
-def test_ctrl_c_before_the_first_checkpoint_begins_that_stage_again(
-    tiny_data, tiny_config, tmp_path, read, stage
-):
-    # Every image is read once in the three steps of pretraining, then once to be cached.
-    config = tiny_config.replace(
-        pretrain_backbone_steps=3, freeze_backbone=True, cache_features=True
+@pytest.fixture(scope="module")
+def pretrained_config(tiny_config):
+    """Three steps of pretraining, in each of which four images are read; then cached features."""
+    return tiny_config.replace(
+        pretrain_backbone_steps=3, freeze_backbone=True, cache_features=True, save_steps=1
     )
-    whole = train_detector(config, tiny_data, tmp_path / "whole", device="cpu")
-    data = TrainingData(PressesCtrlC(tiny_data, "train", at=read))
+
+
+def train_and_count(config, root, out, **options):
+    """A training's run, and how many images it has read."""
+    train = PressesCtrlC(root, "train", at=0)
+    run = train_detector(config, TrainingData(train), out, device="cpu", **options)
+    return run, -train.reads_left
+
+
+@pytest.fixture(scope="module")
+def whole(pretrained_config, tiny_data, tmp_path_factory):
+    """The uninterrupted training."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    return train_and_count(pretrained_config, tiny_data, out)
+
+
+@pytest.fixture
+def goes_on(whole, pretrained_config, tiny_data):
+    """Resumes a training, which must end as the uninterrupted one, and counts what it spares."""
+
+    def resume(out):
+        run, read = train_and_count(pretrained_config, tiny_data, out, resume=True)
+        expected, all_read = whole
+        assert largest_difference(expected.model.state_dict(), run.model.state_dict()) < 1e-6
+        return all_read - read
+
+    return resume
+
+
+def test_ctrl_c_in_pretraining_ends_at_a_checkpoint_of_it(
+    tiny_data, pretrained_config, goes_on, tmp_path
+):
+    data = TrainingData(PressesCtrlC(tiny_data, "train", at=3))
     out = tmp_path / "out"
-    with pytest.raises(TrainingInterrupted, match=f"--resume begins {stage} again"):
-        train_detector(config, data, out, device="cpu")
-    resumed = train_detector(config, tiny_data, out, resume=True, device="cpu")
-    assert largest_difference(whole.model.state_dict(), resumed.model.state_dict()) == 0
+    with pytest.raises(TrainingInterrupted, match="a checkpoint is written; --resume goes on"):
+        train_detector(pretrained_config, data, out, device="cpu")
+    assert goes_on(out) > 0
+
+
+class KillsItsProcess(CocoDetection):
+    """A split that kills the process when it is read for the n-th time."""
+
+    reads_left = 10
+
+    def __getitem__(self, index):
+        self.reads_left -= 1
+        if self.reads_left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+
+def train_until_killed(config, root, out):
+    train_detector(config, TrainingData(KillsItsProcess(root, "train")), out, device="cpu")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills a process by a signal")
+def test_killed_pretraining_goes_on_from_its_last_checkpoint(
+    tiny_data, pretrained_config, goes_on, tmp_path
+):
+    out = tmp_path / "out"
+    process = multiprocessing.get_context("spawn").Process(
+        target=train_until_killed, args=(pretrained_config, tiny_data, out)
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert latest_checkpoint(out / "checkpoints" / "pretraining").name == "checkpoint-1"
+    assert goes_on(out) == 4
+
+
+def test_pretraining_whose_last_step_is_done_is_not_trained_further(
+    tiny_data, pretrained_config, goes_on, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr("attn_kd.training.run.save_detector", disk_is_full)
+        train_detector(pretrained_config, tiny_data, out, device="cpu")
+    assert goes_on(out) == 12
+
+
+def test_ctrl_c_before_the_first_checkpoint_begins_caching_again(
+    tiny_data, pretrained_config, goes_on, tmp_path
+):
+    # Every image is read once in pretraining, then once to be cached.
+    data = TrainingData(PressesCtrlC(tiny_data, "train", at=20))
+    out = tmp_path / "out"
+    with pytest.raises(TrainingInterrupted, match="--resume begins the caching of features again"):
+        train_detector(pretrained_config, data, out, device="cpu")
+    assert goes_on(out) == 12
