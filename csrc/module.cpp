@@ -3,6 +3,7 @@
 #include <torch/extension.h>
 
 #include "call.h"
+#include "cpu/arguments.h"
 #include "cpu/dispatch.h"
 
 PYBIND11_MODULE(_C, m) {
@@ -18,6 +19,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_instruction_set", &attn_kd::cpu::set_instruction_set, py::arg("name"),
         "Use the named instruction set from now on, in all threads. Raises ValueError for one that "
         "was not compiled or that this machine cannot run.");
+  m.def("poison_scratch", &attn_kd::cpu::poison_scratch, py::arg("poison"),
+        "Whether the CPU kernels fill their scratch memory with NaN before they use it, from now "
+        "on, in all threads: for tests.");
   m.def(
       "exp2", [](const at::Tensor& x) { return attn_kd::cpu::exp2(x); }, py::arg("x"),
       "The kernels' 2**x of a contiguous float32 or float64 CPU tensor, for tests of its "

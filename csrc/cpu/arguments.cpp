@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cmath>
 
 namespace attn_kd::cpu {
@@ -13,6 +14,8 @@ using at::Tensor;
 
 // Of the widths D, Dv and Dt: the scratch memory of a thread grows with them.
 constexpr int64_t kMaxHeadDim = 256;
+
+std::atomic<bool> scratch_is_poisoned{false};
 
 DType dtype_of(const char* name, const Tensor& x) {
   switch (x.scalar_type()) {
@@ -52,6 +55,8 @@ void check_width(const char* name, int64_t width, int64_t least) {
 }
 
 }  // namespace
+
+void poison_scratch(bool poison) { scratch_is_poisoned.store(poison, std::memory_order_relaxed); }
 
 void check_tensor(const char* name, const Tensor& x, at::IntArrayRef expected) {
   TORCH_CHECK_VALUE(x.sizes() == expected, "attn_kd: ", name, " has shape ", x.sizes(),
@@ -96,6 +101,7 @@ Arguments::Arguments(const Tensor& query, const Tensor& key, const Tensor& value
                      const OptionalTensor& teacher_query, const OptionalTensor& teacher_key,
                      const OptionalTensor& teacher_lse, const OptionalTensor& attn_mask,
                      const OptionalTensor& dropout_seed, const Options& options) {
+  problem_.poison_scratch = scratch_is_poisoned.load(std::memory_order_relaxed);
   set_student(query, key, value, options);
   TORCH_CHECK_VALUE(teacher_query.has_value() == teacher_key.has_value(),
                     "attn_kd: teacher_query and teacher_key come together");

@@ -20,6 +20,10 @@ struct Options {
   double dropout_p;
 };
 
+// For tests: from now on kernels find NaN in the scratch memory that they have not written, so that
+// what they read of it by mistake shows.
+void poison_scratch(bool poison);
+
 // The dtype in which rows are accumulated and per-row results are returned.
 inline at::ScalarType accumulation_type(const at::Tensor& query) {
   return query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;

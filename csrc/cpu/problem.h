@@ -64,6 +64,7 @@ struct Problem {
   Input query, key, value;           // [B, H, Lq, D], [B, H, Lk, D], [B, H, Lk, Dv]
   Input teacher_query, teacher_key;  // [B, Ht, Lq, Dt], [B, Ht, G * Lk, Dt]; or absent
   Input mask;                        // [B, H, Lq, Lk], bool or additive
+  bool poison_scratch = false;       // start on scratch memory full of NaN, for tests
 
   // Base 2: kernels merge a group's logits into that of their mean, log2(1/G sum_g 2^t_g), and so
   // know the teacher's LSE less log2 G. A student's and a teacher's logits are then of one size,

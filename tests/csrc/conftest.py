@@ -9,6 +9,7 @@ import pytest
 
 from attn_kd.ops import extension
 from tests.ops.conftest import exact_products, threads  # noqa: F401  (fixtures)
+from tests.ops.poison import poisoned_scratch  # noqa: F401  (a fixture)
 
 INSTRUCTION_SETS = extension.module.supported_instruction_sets() if extension.module else []
 

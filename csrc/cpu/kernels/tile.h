@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstring>
 #include <new>
 #include <utility>
 
@@ -27,8 +28,11 @@ template <class T>
 class Scratch {
  public:
   Scratch() = default;
-  explicit Scratch(int64_t elements)
-      : data_(static_cast<T*>(::operator new(static_cast<size_t>(elements) * sizeof(T), kAlign))) {}
+  Scratch(int64_t elements, bool poison)
+      : data_(static_cast<T*>(::operator new(static_cast<size_t>(elements) * sizeof(T), kAlign))) {
+    // All ones are a NaN in every type that is kept here.
+    if (poison) std::memset(data_, 0xff, static_cast<size_t>(elements) * sizeof(T));
+  }
   ~Scratch() {
     if (data_) ::operator delete(data_, kAlign);
   }
@@ -59,7 +63,7 @@ template <class Worker, class T, class Problem, class Body>
 void with_worker(const Problem& problem, Body body) {
   Scratch<T> counter;
   Worker{problem, counter};
-  Scratch<T> scratch(counter.taken());
+  Scratch<T> scratch(counter.taken(), problem.poison_scratch);
   Worker worker{problem, scratch};
   body(worker);
 }
