@@ -19,6 +19,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_instruction_set", &attn_kd::cpu::set_instruction_set, py::arg("name"),
         "Use the named instruction set from now on, in all threads. Raises ValueError for one that "
         "was not compiled or that this machine cannot run.");
+  m.def("divergences", &attn_kd::cpu::divergences,
+        "Names of the divergences that the CPU kernels know.");
   m.def("poison_scratch", &attn_kd::cpu::poison_scratch, py::arg("poison"),
         "Whether the CPU kernels fill their scratch memory with NaN before they use it, from now "
         "on, in all threads: for tests.");

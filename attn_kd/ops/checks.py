@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from attn_kd.errors import InputError
+from attn_kd.ops import reference
 from attn_kd.ops.arguments import Operands, Options
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-DIVERGENCES = ("reverse_kl", "forward_kl", "js", "mse")
+DIVERGENCES = tuple(reference.DIVERGENCES)
 HEAD_REDUCTIONS = ("none", "mean")
 
 

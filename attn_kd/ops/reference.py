@@ -142,7 +142,7 @@ def _attention_kl_rows(
         if options.head_reduction == "mean":
             log_attention, log_teacher = _mean(log_attention), _mean(log_teacher)
             rows_compared = None if row_visible is None else row_visible.any(dim=1)
-        kl = _DIVERGENCES[options.divergence](log_attention, log_teacher).sum(-1)
+        kl = DIVERGENCES[options.divergence](log_attention, log_teacher).sum(-1)
         kl = kl if rows_compared is None else torch.where(rows_compared, kl, 0.0)
 
     # A row that sees no key was computed as if it saw all of them, and is replaced: every
@@ -215,4 +215,6 @@ def _mse(log_a: Tensor, log_b: Tensor) -> Tensor:
 
 
 # What one key adds to the divergence of student a and teacher b, from their log-probabilities.
-_DIVERGENCES = {"reverse_kl": _reverse_kl, "forward_kl": _forward_kl, "js": _js, "mse": _mse}
+# These are the divergences there are: every list of their names is made from this one, but for that
+# of the compiled kernels, which a test compares with it.
+DIVERGENCES = {"reverse_kl": _reverse_kl, "forward_kl": _forward_kl, "js": _js, "mse": _mse}

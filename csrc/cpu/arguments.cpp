@@ -7,6 +7,8 @@
 #include <atomic>
 #include <cmath>
 
+#include "dispatch.h"
+
 namespace attn_kd::cpu {
 namespace {
 
@@ -28,14 +30,6 @@ DType dtype_of(const char* name, const Tensor& x) {
   }
 }
 
-Divergence parse_divergence(std::string_view name) {
-  if (name == "reverse_kl") return Divergence::reverse_kl;
-  if (name == "forward_kl") return Divergence::forward_kl;
-  if (name == "js") return Divergence::js;
-  if (name == "mse") return Divergence::mse;
-  TORCH_CHECK_VALUE(false, "attn_kd: divergence '", name, "' is unknown");
-}
-
 bool parse_head_reduction(std::string_view name) {
   TORCH_CHECK_VALUE(name == "none" || name == "mean", "attn_kd: head_reduction '", name,
                     "' is unknown");
@@ -55,6 +49,18 @@ void check_width(const char* name, int64_t width, int64_t least) {
 }
 
 }  // namespace
+
+std::vector<std::string> divergences() {
+  std::vector<std::string> names;
+  for (const Divergence& known : active_kernels().divergences) names.emplace_back(known.name);
+  return names;
+}
+
+Divergence divergence_named(std::string_view name) {
+  for (const Divergence& known : active_kernels().divergences)
+    if (name == known.name) return known;
+  TORCH_CHECK_VALUE(false, "attn_kd: divergence '", name, "' is unknown");
+}
 
 void poison_scratch(bool poison) { scratch_is_poisoned.store(poison, std::memory_order_relaxed); }
 
@@ -150,7 +156,7 @@ void Arguments::set_teacher(const Tensor& query, const Tensor& key, const Option
   TORCH_CHECK_VALUE(query.dim() == 4 && key.dim() == 4,
                     "attn_kd: teacher_query and teacher_key must have 4 dimensions");
   Problem& p = problem_;
-  p.divergence = parse_divergence(options.divergence);
+  p.divergence = divergence_named(options.divergence);
   mean_of_heads_ = parse_head_reduction(options.head_reduction);
   p.teacher_heads = mean_of_heads_ ? query.size(1) : p.heads;
   p.average_heads = mean_of_heads_ && (p.heads > 1 || p.teacher_heads > 1);

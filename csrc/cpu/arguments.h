@@ -5,7 +5,9 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <string>
 #include <string_view>
+#include <vector>
 
 #include "problem.h"
 
@@ -19,6 +21,11 @@ struct Options {
   std::string_view divergence, head_reduction;
   double dropout_p;
 };
+
+// Names of the divergences that the kernels know.
+std::vector<std::string> divergences();
+// Throws ValueError where the kernels know no divergence of this name.
+Divergence divergence_named(std::string_view name);
 
 // For tests: from now on kernels find NaN in the scratch memory that they have not written, so that
 // what they read of it by mistake shows.

@@ -73,7 +73,7 @@ struct UnwantedRows {
 // The teacher's LSE alone: as that of the teacher of a student without width.
 void run_teacher_lse(const ForwardProblem& p, const Tensor& like, at::ScalarType accumulation) {
   ForwardProblem teacher = p;
-  teacher.divergence = Divergence::reverse_kl;
+  teacher.divergence = divergence_named("reverse_kl");
   teacher.average_heads = false;
   teacher.heads = p.teacher_heads;
   teacher.head_dim = teacher.value_dim = 0;
@@ -96,11 +96,11 @@ void run_two_passes(ForwardProblem& p, const Tensor& like, at::ScalarType accumu
   ForwardProblem first = p;
   first.average_heads = false;
   if (wants_lse && pairs) {
-    first.divergence = Divergence::reverse_kl;
+    first.divergence = divergence_named("reverse_kl");
     const UnwantedRows unwanted(first, false, like, accumulation);
     run_one_pass(first, in_double);
   } else {
-    first.divergence = Divergence::none;
+    first.divergence = {};
     first.teacher_dim = 0;
     run_one_pass(first, in_double);
     if (wants_lse) run_teacher_lse(p, like, accumulation);
@@ -123,7 +123,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_kl_forward(
   const Arguments in(query, key, value, teacher_query, teacher_key, teacher_lse, attn_mask,
                      dropout_seed, {scale, teacher_scale, divergence, head_reduction, dropout_p});
   ForwardProblem p{in.problem()};
-  const bool teacher = p.divergence != Divergence::none;
+  const bool teacher = bool{p.divergence};
   const bool computes_teacher_lse = teacher && !in.teacher_lse();
 
   const at::ScalarType accumulation = accumulation_type(query);
@@ -197,7 +197,7 @@ struct BackwardRows {
     const OptionalTensor given = row_values(row_state, states, accumulation);
     TORCH_CHECK_VALUE(given.has_value(), "attn_kd: row_state is empty");
     state = *given;
-    if (p.divergence != Divergence::none) grad_kl = row_values(grad_of_kl, kl_shape, accumulation);
+    if (p.divergence) grad_kl = row_values(grad_of_kl, kl_shape, accumulation);
     grad_lse = row_values(grad_of_lse, rows, accumulation);
     const auto* data = static_cast<const char*>(state.const_data_ptr());
     p.origin = data;

@@ -3,12 +3,20 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 
 namespace attn_kd::cpu {
 
 enum class DType : int8_t { f32, f64, bf16, f16, boolean };
 
-enum class Divergence : int8_t { none, reverse_kl, forward_kl, js, mse };
+// One of the divergences that kernels/divergence.h lists, or none.
+struct Divergence {
+  int8_t index = -1;  // in that list
+  const char* name = nullptr;
+  bool one_pass = true;  // whether the keys need be swept only once, for single heads
+
+  explicit operator bool() const { return index >= 0; }
+};
 
 // A [B, H, L, width] tensor with unit last stride, or an absent one (data == nullptr).
 template <class Pointer>
@@ -59,7 +67,7 @@ struct Problem {
   int64_t teacher_keys_per_key = 1;                      // G teacher keys are one of the student's
   bool average_heads = false;                            // of several, before the maps are compared
   double scale = 1, teacher_scale = 1;
-  Divergence divergence = Divergence::none;
+  Divergence divergence;
   DropoutNoise dropout;
   Input query, key, value;           // [B, H, Lq, D], [B, H, Lk, D], [B, H, Lk, Dv]
   Input teacher_query, teacher_key;  // [B, Ht, Lq, Dt], [B, Ht, G * Lk, Dt]; or absent
@@ -72,9 +80,7 @@ struct Problem {
   double group_shift() const { return __builtin_log2(static_cast<double>(teacher_keys_per_key)); }
 
   // Whether the divergence needs the maps themselves, which only a second pass over the keys has.
-  bool two_pass() const {
-    return average_heads || divergence == Divergence::js || divergence == Divergence::mse;
-  }
+  bool two_pass() const { return average_heads || !divergence.one_pass; }
 };
 
 // Per-row values (kl, lse, ...) are contiguous [B, H, Lq] in the accumulation type: double where
@@ -125,6 +131,7 @@ struct Kernels {
   template <class T>
   using Map = void (*)(const T* x, T* y, int64_t n);
   const char* name;
+  std::span<const Divergence> divergences;  // that the kernels know
   Forward forward_f32, forward_f64;
   Backward backward_f32, backward_f64;
   Forward two_pass_forward_f32, two_pass_forward_f64;

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import attn_kd
+from attn_kd.ops.checks import DIVERGENCES
+from tests.ops import explicit
 
 
 def test_the_widest_supported_is_in_use(module):
@@ -20,6 +22,11 @@ def test_supported_are_among_the_compiled(module):
 def test_set(module, instruction_set):
     assert module.instruction_set() == instruction_set
     assert instruction_set in attn_kd.available_backends()["cpu"].reason
+
+
+@pytest.mark.usefixtures("instruction_set")
+def test_the_kernels_know_the_divergences_of_the_reference(module):
+    assert tuple(module.divergences()) == DIVERGENCES == tuple(explicit.DIVERGENCES)
 
 
 def test_unknown_is_refused_and_changes_nothing(module):

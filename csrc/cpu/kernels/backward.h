@@ -330,15 +330,9 @@ void backward_tasks(const BackwardProblem& problem, int64_t begin, int64_t end) 
 
 template <class Precision>
 void backward_at(const BackwardProblem& problem, int64_t begin, int64_t end) {
-  switch (problem.divergence) {
-    case cpu::Divergence::none: return backward_tasks<NoDivergence, Precision>(problem, begin, end);
-    case cpu::Divergence::reverse_kl:
-      return backward_tasks<ReverseKL, Precision>(problem, begin, end);
-    case cpu::Divergence::forward_kl:
-      return backward_tasks<ForwardKL, Precision>(problem, begin, end);
-    case cpu::Divergence::js:
-    case cpu::Divergence::mse: return;  // take two passes
-  }
+  visit_one_pass_divergence(problem.divergence, [&](auto divergence) {
+    backward_tasks<decltype(divergence), Precision>(problem, begin, end);
+  });
 }
 
 template <class T>

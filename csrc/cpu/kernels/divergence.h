@@ -1,23 +1,29 @@
-// The divergences, one struct each. A struct says how a key contributes while the keys stream past,
-// how the row's value follows from the sums, and what the gradient with respect to a logit is.
+// The divergences, one struct each, and the list of them, from which all else is derived: the names
+// that the operators take, the kernels that are compiled, and which of them a call runs.
 //
-// Everything is in base 2. u = s - t is the difference of the logits, each measured from an origin
-// of its row, the student's highest logit and the teacher's LSE (or highest logit, while that is
-// not known): so u is small wherever the maps are alike, and keeps its digits. a and b are
-// probabilities, p and pt the same before normalisation. Derivations: D = ln2 * finish(...) is the
-// definition with log a = ln2 (s - log_sum) and log b = ln2 (t - teacher_log_sum) put in and the
-// sums pulled apart. In the gradient the LSEs cancel; what is left is p (grad_probability + ...)
-// with the row's inverse sum folded into all that p is multiplied by.
-//
-// Divergences of maps that need a pass of their own, of averaged maps above all, are separable:
-// D = sum phi(a, b) over the keys. `value` is phi and `slope` dphi/da (up to a constant, which the
-// gradient does not see), both in natural units:
+// All are separable, D = sum phi(a, b) over the keys, a and b the student's and the teacher's
+// probability of a key. `value` is phi and `slope` dphi/da (up to a constant, which the gradient
+// does not see), both in natural units:
 //   dD/ds_j = a_j (slope_j - sum_k a_k slope_k)
 // `renormalised` is D of the maps that a and b would be were their sums over the row, student_sum
 // and teacher_sum, off by no rounding: D moves with these sums where it would not move with the
-// roundings of single probabilities, which cancel.
+// roundings of single probabilities, which cancel. Those three make a divergence (see TwoPass), of
+// single heads and of their average, which a second pass over the keys compares once the first has
+// found the rows' sums.
+//
+// A divergence that is linear in the logits' difference needs no second pass over a single head
+// (OnePass): its struct says besides how a key contributes while the keys stream past, how the
+// row's value follows from the sums, and what the gradient with respect to a logit is. There
+// everything is in base 2. u = s - t is the difference of the logits, each measured from an origin
+// of its row, the student's highest logit and the teacher's LSE (or highest logit, while that is
+// not known): so u is small wherever the maps are alike, and keeps its digits. p and pt are a and b
+// before normalisation. Derivations: D = ln2 * finish(...) is the definition with
+// log a = ln2 (s - log_sum) and log b = ln2 (t - teacher_log_sum) put in and the sums pulled apart.
+// In the gradient the LSEs cancel; what is left is p (grad_probability + ...) with the row's
+// inverse sum folded into all that p is multiplied by.
 #pragma once
 
+#include "../problem.h"
 #include "bias.h"
 #include "log2.h"
 
@@ -46,14 +52,27 @@ struct MapSums {
   double teacher_factor() const { return teacher > 0 ? exact_teacher / teacher : 1; }
 };
 
+// What a struct inherits: a divergence of single heads that one pass over the keys has, or that
+// takes two.
+struct OnePass {
+  static constexpr bool kOnePass = true;
+  static constexpr bool kTeacher = true;
+};
+
+struct TwoPass {
+  static constexpr bool kOnePass = false;
+  static double renormalised(double sum, const MapSums&) { return sum; }
+};
+
+// Plain attention.
 struct NoDivergence {
   static constexpr bool kTeacher = false;
   static constexpr bool kTeacherProbability = false;
 };
 
 // KL(student || teacher) = sum a log(a / b); dD/ds = a (log(a / b) - D) = a (u - sum a u)
-struct ReverseKL {
-  static constexpr bool kTeacher = true;
+struct ReverseKL : OnePass {
+  static constexpr char kName[] = "reverse_kl";
   static constexpr bool kTeacherProbability = false;
 
   template <class V>
@@ -106,8 +125,8 @@ struct ReverseKL {
 };
 
 // KL(teacher || student) = sum b log(b / a); dD/ds = a - b
-struct ForwardKL {
-  static constexpr bool kTeacher = true;
+struct ForwardKL : OnePass {
+  static constexpr char kName[] = "forward_kl";
   static constexpr bool kTeacherProbability = true;
 
   template <class V>
@@ -148,7 +167,9 @@ struct ForwardKL {
 };
 
 // Jensen-Shannon: 1/2 KL(a || m) + 1/2 KL(b || m) with m = (a + b) / 2
-struct JensenShannon {
+struct JensenShannon : TwoPass {
+  static constexpr char kName[] = "js";
+
   template <class T>
   static vec<T> value(vec<T> a, vec<T> b) {
     return T(0.5) * (a * log_of_mean_share<T>(a, b) + b * log_of_mean_share<T>(b, a));
@@ -157,7 +178,6 @@ struct JensenShannon {
   static vec<T> slope(vec<T> a, vec<T> b) {
     return T(0.5) * log_of_mean_share<T>(a, b);
   }
-  static double renormalised(double sum, const MapSums&) { return sum; }
 
  private:
   // log(x / ((x + y) / 2))
@@ -168,7 +188,9 @@ struct JensenShannon {
 };
 
 // Attention transfer: sum (a - b)^2
-struct MeanSquaredError {
+struct MeanSquaredError : TwoPass {
+  static constexpr char kName[] = "mse";
+
   template <class T>
   static vec<T> value(vec<T> a, vec<T> b) {
     return (a - b) * (a - b);
@@ -177,7 +199,38 @@ struct MeanSquaredError {
   static vec<T> slope(vec<T> a, vec<T> b) {
     return T(2) * (a - b);
   }
-  static double renormalised(double sum, const MapSums&) { return sum; }
 };
+
+template <class... Div>
+struct DivergenceList {
+  struct Entries {
+    cpu::Divergence entry[sizeof...(Div)];
+  };
+  static constexpr Entries described() {
+    int8_t index = 0;
+    return {{{index++, Div::kName, Div::kOnePass}...}};
+  }
+
+  // Calls visit(Div{}) for the one that is meant, if any.
+  template <class Visitor>
+  static void visit(cpu::Divergence wanted, Visitor visitor) {
+    int8_t index = 0;
+    ((index++ == wanted.index ? visitor(Div{}) : void()), ...);
+  }
+};
+
+using Divergences = DivergenceList<ReverseKL, ForwardKL, JensenShannon, MeanSquaredError>;
+
+inline constexpr Divergences::Entries kDivergences = Divergences::described();
+
+// Calls visit(Div{}) for what a pass over single heads computes beside attention, which may be
+// nothing.
+template <class Visitor>
+inline void visit_one_pass_divergence(cpu::Divergence wanted, Visitor visitor) {
+  if (!wanted) return visitor(NoDivergence{});
+  Divergences::visit(wanted, [&](auto divergence) {
+    if constexpr (divergence.kOnePass) visitor(divergence);
+  });
+}
 
 }  // namespace attn_kd::ATTN_KD_ISA

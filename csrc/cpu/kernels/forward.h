@@ -358,19 +358,13 @@ void forward_tasks(const ForwardProblem& problem, int64_t begin, int64_t end) {
 
 template <class Precision>
 void forward_at(const ForwardProblem& problem, int64_t begin, int64_t end) {
-  const bool given = problem.given_teacher_lse != nullptr;
-  switch (problem.divergence) {
-    case cpu::Divergence::none:
-      return forward_tasks<NoDivergence, true, Precision>(problem, begin, end);
-    case cpu::Divergence::reverse_kl:
-      return given ? forward_tasks<ReverseKL, true, Precision>(problem, begin, end)
-                   : forward_tasks<ReverseKL, false, Precision>(problem, begin, end);
-    case cpu::Divergence::forward_kl:
-      return given ? forward_tasks<ForwardKL, true, Precision>(problem, begin, end)
-                   : forward_tasks<ForwardKL, false, Precision>(problem, begin, end);
-    case cpu::Divergence::js:
-    case cpu::Divergence::mse: return;  // take two passes
-  }
+  visit_one_pass_divergence(problem.divergence, [&](auto divergence) {
+    using Div = decltype(divergence);
+    if constexpr (Div::kTeacher)
+      if (!problem.given_teacher_lse)
+        return forward_tasks<Div, false, Precision>(problem, begin, end);
+    forward_tasks<Div, true, Precision>(problem, begin, end);
+  });
 }
 
 template <class T>

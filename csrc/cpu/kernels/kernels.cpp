@@ -1,5 +1,6 @@
 // Compiled once per instruction set; exports that set's kernels under a name of its own.
 #include "backward.h"
+#include "divergence.h"
 #include "forward.h"
 #include "log2.h"
 #include "philox.h"
@@ -37,6 +38,7 @@ void philox_array(const uint32_t* counters, const uint32_t key[2], uint32_t* wor
 const cpu::Kernels& kernels() {
   static constexpr cpu::Kernels table{
       .name = ATTN_KD_NAME(ATTN_KD_ISA),
+      .divergences = kDivergences.entry,
       .forward_f32 = forward<float>,
       .forward_f64 = forward<double>,
       .backward_f32 = backward<float>,

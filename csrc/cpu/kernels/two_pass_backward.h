@@ -243,16 +243,9 @@ void two_pass_backward_tasks(const BackwardProblem& problem, int64_t begin, int6
 
 template <class T>
 void two_pass_backward(const BackwardProblem& problem, int64_t begin, int64_t end) {
-  switch (problem.divergence) {
-    case cpu::Divergence::none: return;
-    case cpu::Divergence::reverse_kl:
-      return two_pass_backward_tasks<ReverseKL, T>(problem, begin, end);
-    case cpu::Divergence::forward_kl:
-      return two_pass_backward_tasks<ForwardKL, T>(problem, begin, end);
-    case cpu::Divergence::js: return two_pass_backward_tasks<JensenShannon, T>(problem, begin, end);
-    case cpu::Divergence::mse:
-      return two_pass_backward_tasks<MeanSquaredError, T>(problem, begin, end);
-  }
+  Divergences::visit(problem.divergence, [&](auto divergence) {
+    two_pass_backward_tasks<decltype(divergence), T>(problem, begin, end);
+  });
 }
 
 }  // namespace attn_kd::ATTN_KD_ISA

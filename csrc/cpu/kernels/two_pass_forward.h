@@ -132,16 +132,9 @@ void two_pass_forward_tasks(const ForwardProblem& problem, int64_t begin, int64_
 
 template <class T>
 void two_pass_forward(const ForwardProblem& problem, int64_t begin, int64_t end) {
-  switch (problem.divergence) {
-    case cpu::Divergence::none: return;
-    case cpu::Divergence::reverse_kl:
-      return two_pass_forward_tasks<ReverseKL, T>(problem, begin, end);
-    case cpu::Divergence::forward_kl:
-      return two_pass_forward_tasks<ForwardKL, T>(problem, begin, end);
-    case cpu::Divergence::js: return two_pass_forward_tasks<JensenShannon, T>(problem, begin, end);
-    case cpu::Divergence::mse:
-      return two_pass_forward_tasks<MeanSquaredError, T>(problem, begin, end);
-  }
+  Divergences::visit(problem.divergence, [&](auto divergence) {
+    two_pass_forward_tasks<decltype(divergence), T>(problem, begin, end);
+  });
 }
 
 }  // namespace attn_kd::ATTN_KD_ISA
