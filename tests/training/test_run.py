@@ -154,10 +154,18 @@ def test_tensorboard_gets_the_curves(tiny_data, tiny_config, tmp_path):
     assert len(events.Scalars("train/detection_loss")) == tiny_config.max_steps
 
 
-@pytest.mark.parametrize("existing", ["config.json", "training.json"])
-def test_folder_with_a_run_is_not_overwritten_unasked(tiny_data, tiny_config, tmp_path, existing):
+@pytest.mark.parametrize(
+    ("existing", "ways"),
+    [
+        ("config.json", "a model; expected --overwrite to replace it, or another folder"),
+        ("training.json", "a training run; expected --resume to go on with it, --overwrite"),
+    ],
+)
+def test_folder_with_a_run_is_not_overwritten_unasked(
+    tiny_data, tiny_config, tmp_path, existing, ways
+):
     (tmp_path / existing).write_text("{}")
-    with pytest.raises(InputError, match="already holds a training run or a model"):
+    with pytest.raises(InputError, match=f"already holds {ways}"):
         train_detector(tiny_config, tiny_data, tmp_path, device="cpu")
     assert (tmp_path / existing).read_text() == "{}"
 
