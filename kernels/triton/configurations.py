@@ -19,10 +19,18 @@ class Tiling(NamedTuple):
 
 
 # Where Triton interprets: several tiles at the sizes of tests.
-INTERPRETED = Tiling(32, 32, 4, 1)
+INTERPRETED = Tiling(64, 64, 4, 1)
 
 WIDTHS = (32, 64, 128, 256)  # classes of the widest of D, Dv and Dt
-KERNELS = ("forward", "backward_keys", "backward_rows")
+KERNELS = (
+    "forward",
+    "backward_keys",
+    "backward_rows",
+    "group_slopes",
+    "two_pass_forward",
+    "two_pass_backward_keys",
+    "two_pass_backward_rows",
+)
 
 # By kernel and class of width, for operands of 16 bits.
 _HALF = {
@@ -38,6 +46,22 @@ _HALF = {
     ("backward_rows", 64): Tiling(64, 64, 8, 2),
     ("backward_rows", 128): Tiling(64, 32, 8, 2),
     ("backward_rows", 256): Tiling(32, 32, 8, 1),
+    ("group_slopes", 32): Tiling(64, 64, 8, 2),
+    ("group_slopes", 64): Tiling(64, 64, 8, 2),
+    ("group_slopes", 128): Tiling(64, 32, 8, 2),
+    ("group_slopes", 256): Tiling(32, 32, 8, 1),
+    ("two_pass_forward", 32): Tiling(64, 64, 8, 2),
+    ("two_pass_forward", 64): Tiling(64, 64, 8, 2),
+    ("two_pass_forward", 128): Tiling(64, 32, 8, 2),
+    ("two_pass_forward", 256): Tiling(32, 32, 8, 1),
+    ("two_pass_backward_keys", 32): Tiling(64, 64, 8, 2),
+    ("two_pass_backward_keys", 64): Tiling(64, 64, 8, 2),
+    ("two_pass_backward_keys", 128): Tiling(32, 64, 8, 2),
+    ("two_pass_backward_keys", 256): Tiling(32, 32, 8, 1),
+    ("two_pass_backward_rows", 32): Tiling(64, 64, 8, 2),
+    ("two_pass_backward_rows", 64): Tiling(64, 64, 8, 2),
+    ("two_pass_backward_rows", 128): Tiling(64, 32, 8, 2),
+    ("two_pass_backward_rows", 256): Tiling(32, 32, 8, 1),
 }
 
 # The same where any operand is float32.
@@ -54,19 +78,35 @@ _FLOAT = {
     ("backward_rows", 64): Tiling(32, 32, 8, 1),
     ("backward_rows", 128): Tiling(32, 32, 8, 1),
     ("backward_rows", 256): Tiling(16, 16, 8, 1),
+    ("group_slopes", 32): Tiling(32, 32, 8, 1),
+    ("group_slopes", 64): Tiling(32, 32, 8, 1),
+    ("group_slopes", 128): Tiling(32, 32, 8, 1),
+    ("group_slopes", 256): Tiling(16, 32, 8, 1),
+    ("two_pass_forward", 32): Tiling(32, 32, 8, 1),
+    ("two_pass_forward", 64): Tiling(32, 32, 8, 1),
+    ("two_pass_forward", 128): Tiling(32, 32, 8, 1),
+    ("two_pass_forward", 256): Tiling(16, 32, 8, 1),
+    ("two_pass_backward_keys", 32): Tiling(32, 32, 8, 1),
+    ("two_pass_backward_keys", 64): Tiling(32, 32, 8, 1),
+    ("two_pass_backward_keys", 128): Tiling(32, 32, 8, 1),
+    ("two_pass_backward_keys", 256): Tiling(16, 16, 8, 1),
+    ("two_pass_backward_rows", 32): Tiling(32, 32, 8, 1),
+    ("two_pass_backward_rows", 64): Tiling(32, 32, 8, 1),
+    ("two_pass_backward_rows", 128): Tiling(32, 32, 8, 1),
+    ("two_pass_backward_rows", 256): Tiling(16, 16, 8, 1),
 }
 
 
-def tiling(kernel: str, widest: int, itemsize: int, interpreted: bool = False) -> Tiling:
+def tiling(kernel: str, widest: int, itemsize: int, architecture: int) -> Tiling:
     """Return the tiling of a kernel.
 
     Args:
         kernel: one of KERNELS.
         widest: of D, Dv and Dt.
         itemsize: bytes of an element of the widest dtype among the operands.
-        interpreted: whether Triton's interpreter will run it.
+        architecture: 80, 90, 100 and so on; 0 for Triton's interpreter.
     """
-    if interpreted:
+    if architecture == 0:
         return INTERPRETED
     width = next(width for width in WIDTHS if widest <= width)
     return (_HALF if itemsize == 2 else _FLOAT)[kernel, width]

@@ -1,0 +1,313 @@
+"""Launches of the divergences that need the maps themselves: js, mse, and averages over heads.
+
+Of single heads every kernel has the whole problem. Averaged maps are taken in regions, one after
+the other: one kernel fills a scratch with a region's slopes, the others read them from there
+(attn_kd/kernels/triton/group_maps.py). Importing this module imports Triton.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from attn_kd.kernels.triton.configurations import Tiling
+from attn_kd.kernels.triton.group_maps import group_slopes_kernel
+from attn_kd.kernels.triton.two_pass_backward import (
+    two_pass_backward_keys_kernel,
+    two_pass_backward_rows_kernel,
+)
+from attn_kd.kernels.triton.two_pass_forward import two_pass_forward_kernel
+from attn_kd.kernels.triton.variant import Variant
+from attn_kd.ops.triton_launch import (
+    Arguments,
+    Arriving,
+    Launch,
+    compiler_options,
+    forward_launch,
+    make_variant,
+    mask_of,
+    noise_of,
+    operand,
+    scales_of,
+    student_of,
+    teacher_of,
+)
+from attn_kd.ops.triton_problem import Problem
+
+# Slopes of averaged maps that are stored at a time: 8 MiB of float32, a fifth of the L2 cache of an
+# A100, and 1.5 % of one stored map of 8 heads and 4200 tokens. A square region of so many gives 8
+# heads 184 programs of 64 rows or keys each.
+REGION_ELEMENTS = 2 * 1024**2
+
+# Rows of the scratch begin at whole vectors.
+_STRIDE_UNIT = 16
+
+
+class Region(NamedTuple):
+    """Queries and keys of some batch entries' maps."""
+
+    batch: int
+    entries: int
+    query: int
+    queries: int
+    key: int
+    keys: int
+
+    @property
+    def row_stride(self) -> int:
+        """Of the scratch that holds the region's slopes."""
+        return _round_up(self.keys, _STRIDE_UNIT)
+
+    def arguments(self, scratch: Tensor | None) -> Arguments:
+        """What tells a kernel its region, and where the slopes are."""
+        bounds = {name: size for name, size in self._asdict().items() if name != "entries"}
+        stride = 0 if scratch is None else self.row_stride
+        return {"slopes": scratch, "slopes_stride": stride, **bounds}
+
+
+class Kernel(NamedTuple):
+    """A kernel, what it is compiled for, and the arguments that no region changes."""
+
+    function: Any
+    variant: Variant
+    tile: Tiling
+    arguments: Arguments
+
+    def run(self, programs: int, arguments: Arguments) -> None:
+        """Launch it."""
+        arguments = {**self.arguments, **arguments, "V": self.variant}
+        Launch(self.function, programs, arguments, compiler_options(self.tile)).run()
+
+
+def two_pass_forward(
+    problem: Problem,
+    output: Tensor,  # [B, H, Lq, Dv]
+    kl: Tensor,  # [B, H, Lq], of averaged maps [B, Lq]
+    lse: Tensor,  # [B, H, Lq]
+    own_teacher_lse: Tensor,  # [B, Ht, Lq], empty where it was given
+    row_state: Tensor,  # [3, B, H, Lq]
+) -> None:
+    """Fill in the results of a forward pass."""
+    teacher_lse, lse_rest = _first_pass(problem, output, lse, own_teacher_lse, row_state)
+    rows = _head_kernel("two_pass_forward", problem, teacher_lse, row_state, value_dim=0)
+    rows.arguments["teacher_lse_rest"] = lse_rest
+    if not problem.average_heads:
+        region = _whole(problem)
+        rows.run(_row_blocks(problem, region, rows), {"kl": kl, **region.arguments(None)})
+        return
+    slopes = _slopes_kernel(problem, teacher_lse, row_state)
+    slopes.arguments["teacher_lse_rest"] = lse_rest
+    blocks = _blocks(problem.sizes["key_length"], slopes.tile.block_k)
+    kl_parts = kl.new_empty(blocks, *kl.shape)
+    regions = _regions(problem, slopes, rows)
+    scratch = _scratch(regions, row_state)
+    for region in regions:
+        window = region.arguments(scratch)
+        slopes.run(_tiles(region, slopes), {"kl_parts": kl_parts, **window})
+        rows.run(_row_blocks(problem, region, rows), {"kl": None, **window})
+    torch.sum(kl_parts, 0, out=kl)
+
+
+def two_pass_backward(
+    problem: Problem,
+    arriving: Arriving,
+    grad_query: Tensor,  # [B, H, Lq, D]
+    grad_key: Tensor,  # [B, H, Lk, D]
+    grad_value: Tensor,  # [B, H, Lk, Dv], not written without a grad_output
+) -> None:
+    """Fill in the gradients."""
+    averaged, teacher_lse, row_state = (
+        problem.average_heads,
+        arriving.teacher_lse,
+        arriving.row_state,
+    )
+    assert teacher_lse is not None
+    value_dim = 0 if arriving.grad_output is None else grad_value.shape[3]
+    rows, keys = (
+        _head_kernel(name, problem, teacher_lse, row_state, value_dim)
+        for name in ("two_pass_backward_rows", "two_pass_backward_keys")
+    )
+    slopes = _slopes_kernel(problem, teacher_lse, row_state)
+    slopes.arguments.update(teacher_lse_rest=None, kl_parts=None)
+    regions = _regions(problem, slopes, rows, keys) if averaged else [_whole(problem)]
+    scratch = _scratch(regions, row_state) if averaged else None
+
+    # What regions add to is kept in float32.
+    row_sums = _sums([grad_query], any(region.key for region in regions))
+    key_sums = _sums([grad_key, grad_value][: 1 + (value_dim > 0)], any(r.query for r in regions))
+    shared = {
+        "noise": noise_of(problem),
+        "grad_output": operand(arriving.grad_output),
+        "grad_kl": arriving.grad_kl,
+        "offsets": torch.empty_like(row_state[0]),
+        "kl_share": 1.0 / problem.sizes["heads"] if averaged else 1.0,
+    }
+    rows.arguments.update(
+        shared,
+        output=operand(arriving.output if value_dim else None),
+        grad_lse=arriving.grad_lse,
+        grad_query=operand(row_sums[0]),
+    )
+    keys.arguments.update(
+        shared,
+        grad_key=operand(key_sums[0]),
+        grad_value=operand(key_sums[1] if value_dim else None),
+    )
+    for region in regions:
+        window = region.arguments(scratch)
+        if averaged:
+            slopes.run(_tiles(region, slopes), window)
+        rows.run(_row_blocks(problem, region, rows), window)
+        keys.run(_key_blocks(problem, region, keys), window)
+    for grad, total in zip((grad_query, grad_key, grad_value), row_sums + key_sums, strict=False):
+        if total is not grad:
+            grad.copy_(total)
+
+
+def _first_pass(
+    problem: Problem, output: Tensor, lse: Tensor, own_teacher_lse: Tensor, row_state: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of the student; return the teacher's LSE and, of its own, what rounding dropped."""
+    teacher_query, teacher_key = problem.operands.teacher_query, problem.operands.teacher_key
+    assert teacher_query is not None and teacher_key is not None
+    student_alone = _without_teacher(problem)
+    if problem.operands.teacher_lse is not None:
+        forward_launch(student_alone, output, None, lse, None, None, row_state).run()
+        return problem.operands.teacher_lse, None
+    rest = torch.empty_like(own_teacher_lse)
+    if own_teacher_lse.shape == lse.shape:
+        together = replace(problem, divergence="reverse_kl", average_heads=False)
+        forward_launch(together, output, None, lse, own_teacher_lse, rest, row_state).run()
+        return own_teacher_lse, rest
+    forward_launch(student_alone, output, None, lse, None, None, row_state).run()
+    # The teacher of other heads, as that of a student with its queries and some of its keys.
+    some_keys = teacher_key[:, :, :: problem.group]
+    operands = problem.operands._replace(
+        query=teacher_query, key=some_keys, value=some_keys[..., :0]
+    )
+    alone = replace(
+        problem, operands=operands, divergence="reverse_kl", average_heads=False, dropout_p=0.0
+    )
+    unwanted = torch.empty_like(own_teacher_lse)
+    state = own_teacher_lse.new_empty(3, *own_teacher_lse.shape)
+    nothing = teacher_query[..., :0]
+    forward_launch(alone, nothing, None, unwanted, own_teacher_lse, rest, state).run()
+    return own_teacher_lse, rest
+
+
+def _without_teacher(problem: Problem) -> Problem:
+    operands = problem.operands._replace(teacher_query=None, teacher_key=None, teacher_lse=None)
+    return replace(problem, operands=operands, divergence="none", average_heads=False)
+
+
+def _head_kernel(
+    name: str, problem: Problem, teacher_lse: Tensor, row_state: Tensor, value_dim: int
+) -> Kernel:
+    """A kernel of single heads; those of averaged maps need no teacher, but its slopes."""
+    variant, tile = make_variant(name, problem, value_dim=value_dim)
+    if problem.average_heads:
+        variant = replace(variant, teacher_dim=0, group=1)
+    return Kernel(_KERNELS[name], variant, tile, _shared(problem, teacher_lse, row_state))
+
+
+def _slopes_kernel(problem: Problem, teacher_lse: Tensor, row_state: Tensor) -> Kernel:
+    variant, tile = make_variant("group_slopes", problem, value_dim=0)
+    arguments = _shared(problem, teacher_lse, row_state)
+    teacher_query = problem.operands.teacher_query
+    assert teacher_query is not None
+    arguments["teacher_heads"] = teacher_query.shape[1]
+    return Kernel(group_slopes_kernel, variant, tile, arguments)
+
+
+_KERNELS = {
+    "two_pass_forward": two_pass_forward_kernel,
+    "two_pass_backward_rows": two_pass_backward_rows_kernel,
+    "two_pass_backward_keys": two_pass_backward_keys_kernel,
+}
+
+
+def _shared(problem: Problem, teacher_lse: Tensor, row_state: Tensor) -> Arguments:
+    """The arguments of all kernels of the second pass."""
+    return {
+        "student": student_of(problem),
+        "teacher": teacher_of(problem, teacher_lse),
+        "mask": mask_of(problem),
+        "state": row_state,
+        "scales": scales_of(problem),
+        **problem.sizes,
+    }
+
+
+def _whole(problem: Problem) -> Region:
+    sizes = problem.sizes
+    batch = sizes["batch_heads"] // sizes["heads"]
+    return Region(0, batch, 0, sizes["query_length"], 0, sizes["key_length"])
+
+
+def _regions(problem: Problem, *kernels: Kernel) -> list[Region]:
+    """Regions of at most about REGION_ELEMENTS that tiles of the kernels do not straddle.
+
+    Whole maps if they fit, else parts as square as their sides allow: there is a program for every
+    block of either side.
+    """
+    _, batch, _, queries, _, keys = _whole(problem)
+    unit = max(max(kernel.tile.block_q, kernel.tile.block_k) for kernel in kernels)
+    entries = max(1, min(batch, REGION_ELEMENTS // (queries * keys)))
+    key_step = _step(keys, max(math.isqrt(REGION_ELEMENTS), REGION_ELEMENTS // queries), unit)
+    query_step = _step(queries, REGION_ELEMENTS // key_step, unit)
+    return [
+        Region(
+            *(b, min(entries, batch - b)),
+            *(query, min(query_step, queries - query)),
+            *(key, min(key_step, keys - key)),
+        )
+        for b in range(0, batch, entries)
+        for query in range(0, queries, query_step)
+        for key in range(0, keys, key_step)
+    ]
+
+
+def _step(length: int, most: int, unit: int) -> int:
+    """The size of equal parts of a length, at most about `most`, a multiple of the unit."""
+    parts = _blocks(length, max(most, unit))
+    return _round_up(_blocks(length, parts), unit)
+
+
+def _scratch(regions: list[Region], like: Tensor) -> Tensor:
+    sizes = [region.entries * region.queries * region.row_stride for region in regions]
+    return like.new_empty(max(sizes))
+
+
+def _sums(grads: list[Tensor], of_several: bool) -> list[Tensor]:
+    """What kernels write gradients to: themselves, or where they sum up several parts, float32."""
+    if not of_several:
+        return grads
+    return [
+        grad if grad.dtype == torch.float32 else torch.empty_like(grad, dtype=torch.float32)
+        for grad in grads
+    ]
+
+
+def _tiles(region: Region, kernel: Kernel) -> int:
+    rows = _blocks(region.queries, kernel.tile.block_q)
+    return region.entries * rows * _blocks(region.keys, kernel.tile.block_k)
+
+
+def _row_blocks(problem: Problem, region: Region, kernel: Kernel) -> int:
+    return region.entries * problem.sizes["heads"] * _blocks(region.queries, kernel.tile.block_q)
+
+
+def _key_blocks(problem: Problem, region: Region, kernel: Kernel) -> int:
+    return region.entries * problem.sizes["heads"] * _blocks(region.keys, kernel.tile.block_k)
+
+
+def _blocks(length: int, block: int) -> int:
+    return -(-length // block)
+
+
+def _round_up(size: int, unit: int) -> int:
+    return _blocks(size, unit) * unit

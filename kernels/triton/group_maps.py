@@ -1,0 +1,206 @@
+"""Attention maps whose sums are known, tile by tile, and their averages over heads.
+
+Every head has a part in the slopes phi' (see `separable`) of averaged maps, and these have a part
+in every head's gradient. Averaging anew for each head would take H times the products; one program
+for all heads would have to keep H accumulators beside the tiles, more than there are registers from
+8 heads on, and leave most of the GPU idle: 17 blocks of 64 queries are all that an encoder of 1064
+tokens has. So `group_slopes_kernel` writes the slopes of a `Window` of the averaged maps to a
+scratch of bounded size, which stays in the L2 cache, and the kernels of `two_pass_forward` and
+`two_pass_backward`, of one head a program as in one pass, read their tiles from there. The windows
+of a call follow each other in the same scratch (attn_kd/ops/triton_two_pass.py).
+
+A forward and a backward pass then take, per pair and head, 2 + 1 and 2 + 3 + 4 products and as many
+exponentials as there are maps computed, 3 and 4, beside the slopes' reads, 4 bytes to each of three
+kernels.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from attn_kd.kernels.triton.known_maps import (
+    load_pair_mask,
+    load_student_rows,
+    load_teacher_rows,
+    student_map,
+    teacher_log_map,
+)
+from attn_kd.kernels.triton.operands import (
+    Mask,
+    Scales,
+    Sizes,
+    Student,
+    Teacher,
+    keys_of,
+    load_rows,
+)
+from attn_kd.kernels.triton.separable import slope, value
+from attn_kd.kernels.triton.tiles import MASKED
+
+# What changes between calls of one shape class and windows of one call.
+UNSPECIALIZED = (
+    "batch_heads",
+    "heads",
+    "teacher_heads",
+    "query_length",
+    "key_length",
+    "batch",
+    "query",
+    "queries",
+    "key",
+    "keys",
+)
+
+
+class Window(NamedTuple):
+    """Slopes of averaged maps: [entries, queries, keys] of them from (batch, query, key) on.
+
+    It begins, and ends where the maps do not, between tiles of every kernel. Of the maps of single
+    heads data is None: their slopes are computed where they are used.
+    """
+
+    data: Any  # float32
+    row_stride: Any
+    batch: Any
+    query: Any
+    queries: Any
+    key: Any
+    keys: Any
+
+
+class Average(NamedTuple):
+    """A sum of maps, kept as mass * 2^highest."""
+
+    highest: Any
+    mass: Any
+
+
+@triton.jit
+def window_tile(window, entry, row, key, V: tl.constexpr, KEYS_FIRST: tl.constexpr):
+    """Pointers to a tile, [block_q, block_k] or transposed, and which of it exist.
+
+    entry, row and key are counted from where the window begins.
+    """
+    first = (tl.cast(entry, tl.int64) * window.queries + row) * window.row_stride + key
+    rows, keys = tl.arange(0, V.block_q), tl.arange(0, V.block_k)
+    valid, exist = row + rows < window.queries, key + keys < window.keys
+    if KEYS_FIRST:
+        at = rows[None, :] * window.row_stride + keys[:, None]
+        inside = valid[None, :] & exist[:, None]
+    else:
+        at = rows[:, None] * window.row_stride + keys[None, :]
+        inside = valid[:, None] & exist[None, :]
+    return window.data + first + at, inside
+
+
+@triton.jit
+def no_maps(V: tl.constexpr):
+    """The sum of no maps."""
+    highest = tl.full([V.block_q, V.block_k], MASKED, tl.float32)
+    return Average(highest, tl.zeros([V.block_q, V.block_k], tl.float32))
+
+
+@triton.jit
+def with_map(average, log_map):
+    """The sum with one map more, for one exponential a pair."""
+    difference = log_map - average.highest
+    smaller = tl.exp2(-tl.abs(difference))
+    mass = tl.where(difference > 0, average.mass * smaller + 1.0, average.mass + smaller)
+    return Average(tl.maximum(average.highest, log_map), mass)
+
+
+@triton.jit
+def student_average(
+    student, teacher, mask, state, b, first_row, first_key, sizes, scale, V: tl.constexpr
+):
+    """log2 of the average over the student's heads, [block_q, block_k]."""
+    valid = first_row + tl.arange(0, V.block_q) < sizes.query_length
+    exist = first_key + tl.arange(0, V.block_k) < sizes.key_length
+    average = no_maps(V)
+    for h in tl.range(0, sizes.heads):
+        rows = load_student_rows(student, state, b, h, first_row, valid, sizes, V)
+        keys = keys_of(student, teacher, mask, b, h, V)
+        key = load_rows(keys.key, first_key, exist, V.head_dim, V.block_k, V.head_block, False)
+        visible, bias = load_pair_mask(keys.mask, first_row, first_key, sizes, V, False)
+        _, log_map = student_map(rows, key, visible, bias, scale, V, False)
+        average = with_map(average, log_map)
+    return average.highest + tl.log2(average.mass / sizes.heads)
+
+
+@triton.jit
+def teacher_average(
+    student,
+    teacher,
+    mask,
+    lse_rest,
+    heads,
+    b,
+    first_row,
+    first_key,
+    sizes,
+    scale,
+    V: tl.constexpr,
+):
+    """log2 of the average over the teacher's heads, [block_q, block_k]."""
+    valid = first_row + tl.arange(0, V.block_q) < sizes.query_length
+    average = no_maps(V)
+    for h in tl.range(0, heads):
+        rows = load_teacher_rows(teacher, lse_rest, heads, b, h, first_row, valid, sizes, V)
+        # Unequal numbers of heads share one mask, whose head stride is 0.
+        keys = keys_of(student, teacher, mask, b, h, V)
+        visible, bias = load_pair_mask(keys.mask, first_row, first_key, sizes, V, False)
+        log_map = teacher_log_map(
+            rows, keys.teacher_key, first_key, visible, bias, sizes, scale, V, False
+        )
+        average = with_map(average, log_map)
+    return average.highest + tl.log2(average.mass / heads)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def group_slopes_kernel(
+    student: Student,
+    teacher: Teacher,
+    mask: Mask,
+    state,  # [3, B, H, Lq]
+    teacher_lse_rest,  # [B, Ht, Lq] or None
+    slopes,  # of the window, to be filled
+    slopes_stride,
+    kl_parts,  # [key blocks, B, Lq]: what each adds to the divergence; None where nobody asks
+    scales: Scales,
+    batch_heads,
+    heads,
+    teacher_heads,
+    query_length,
+    key_length,
+    batch,
+    query,
+    queries,
+    key,
+    keys,
+    V: tl.constexpr,
+):
+    """Grid: the window's tiles, key blocks fastest, then query blocks, then batch entries."""
+    window = Window(slopes, slopes_stride, batch, query, queries, key, keys)
+    sizes = Sizes(batch_heads, heads, query_length, key_length)
+    key_blocks, query_blocks = tl.cdiv(keys, V.block_k), tl.cdiv(queries, V.block_q)
+    column = tl.program_id(0) % key_blocks * V.block_k
+    row = tl.program_id(0) // key_blocks % query_blocks * V.block_q
+    entry = tl.program_id(0) // key_blocks // query_blocks
+    b, first_row, first_key = batch + entry, query + row, key + column
+    log_a = student_average(
+        *(student, teacher, mask, state),
+        *(b, first_row, first_key, sizes, scales.student, V),
+    )
+    log_b = teacher_average(
+        *(student, teacher, mask, teacher_lse_rest, teacher_heads),
+        *(b, first_row, first_key, sizes, scales.teacher, V),
+    )
+    tile, inside = window_tile(window, entry, row, column, V, False)
+    tl.store(tile, slope(log_a, log_b, V), mask=inside)
+    if kl_parts is not None:
+        part = tl.sum(tl.where(inside, value(log_a, log_b, V), 0.0), 1)
+        rows = tl.arange(0, V.block_q)
+        block = tl.cast(first_key // V.block_k, tl.int64) * (batch_heads // heads) + b
+        at = kl_parts + block * query_length + first_row
+        tl.store(at + rows, part, mask=row + rows < queries)

@@ -1,0 +1,100 @@
+"""Second forward pass of the divergences that need the maps themselves.
+
+These are js and mse, and all of them on maps averaged over heads. The first pass (`forward`) has
+left every row's output, LSE, origin and inverse sum, and the teacher's LSE. Of single heads,
+`two_pass_rows_kernel` computes divergence and correction together; of averaged maps,
+`group_slopes_kernel` has computed the divergence of a window of them, and what is left is each
+head's correction
+    c_h = sum_j a_hj phi'_j
+window by window, each of a row's adding to what those before have stored.
+"""
+
+import triton
+import triton.language as tl
+
+from attn_kd.kernels.triton.group_maps import UNSPECIALIZED, Window, window_tile
+from attn_kd.kernels.triton.known_maps import (
+    load_pair_mask,
+    load_student_rows,
+    load_teacher_rows,
+    student_map,
+    teacher_log_map,
+)
+from attn_kd.kernels.triton.operands import (
+    Mask,
+    Scales,
+    Sizes,
+    Student,
+    Teacher,
+    keys_of,
+    load_rows,
+)
+from attn_kd.kernels.triton.separable import slope, value, weighted_slope
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def two_pass_forward_kernel(
+    student: Student,
+    teacher: Teacher,
+    mask: Mask,
+    teacher_lse_rest,  # [B, H, Lq] or None
+    slopes,  # of the window of averaged maps, or None
+    slopes_stride,
+    kl,  # [B, H, Lq], or None where maps are averaged
+    state,  # [3, B, H, Lq]: origin and inverse sum are read, the correction is written
+    scales: Scales,
+    batch_heads,
+    heads,
+    query_length,
+    key_length,
+    batch,
+    query,
+    queries,
+    key,
+    keys,
+    V: tl.constexpr,
+):
+    """Grid: the window's query blocks of one head, then those of the next."""
+    window = Window(slopes, slopes_stride, batch, query, queries, key, keys)
+    sizes = Sizes(batch_heads, heads, query_length, key_length)
+    row_blocks = tl.cdiv(queries, V.block_q)
+    row = tl.program_id(0) % row_blocks * V.block_q
+    entry, h = tl.program_id(0) // row_blocks // heads, tl.program_id(0) // row_blocks % heads
+    b, first_row = batch + entry, query + row
+    rows = first_row + tl.arange(0, V.block_q)
+    valid = rows < query_length
+    at = (tl.cast(b, tl.int64) * heads + h) * query_length + rows
+    correction_at = state + 2 * tl.cast(batch_heads, tl.int64) * query_length + at
+    known = load_student_rows(student, state, b, h, first_row, valid, sizes, V)
+    head_keys = keys_of(student, teacher, mask, b, h, V)
+
+    divergence = tl.zeros([V.block_q], tl.float32)
+    correction = tl.zeros([V.block_q], tl.float32)
+    if slopes is None:
+        teacher_rows = load_teacher_rows(
+            teacher, teacher_lse_rest, heads, b, h, first_row, valid, sizes, V
+        )
+    elif key > 0:
+        correction = tl.load(correction_at, mask=valid, other=0.0)
+    for column in tl.range(0, keys, V.block_k):
+        first_key = key + column
+        exist = first_key + tl.arange(0, V.block_k) < key_length
+        visible, bias = load_pair_mask(head_keys.mask, first_row, first_key, sizes, V, False)
+        key_rows = load_rows(
+            head_keys.key, first_key, exist, V.head_dim, V.block_k, V.head_block, False
+        )
+        a, log_a = student_map(known, key_rows, visible, bias, scales.student, V, False)
+        if slopes is None:
+            log_b = teacher_log_map(
+                *(teacher_rows, head_keys.teacher_key, first_key, visible, bias),
+                *(sizes, scales.teacher, V, False),
+            )
+            divergence += tl.sum(value(log_a, log_b, V), 1)
+            slope_tile = slope(log_a, log_b, V)
+        else:
+            tile, inside = window_tile(window, entry, row, column, V, False)
+            slope_tile = tl.load(tile, mask=inside, other=0.0)
+        correction += tl.sum(weighted_slope(a, log_a, slope_tile, V), 1)
+    tl.store(correction_at, correction, mask=valid)
+    if kl is not None:
+        tl.store(kl + at, divergence, mask=valid)
