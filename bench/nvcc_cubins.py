@@ -1,0 +1,44 @@
+"""Compiles the CUDA C++ kernels for GPUs that are not there, where there is an nvcc."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = sorted((ROOT / "kernels" / "cuda").glob("*.cu"))
+FLAGS = ("-O3", "-std=c++20", "--expt-relaxed-constexpr")  # as in setup.py
+
+
+def nvcc() -> str | None:
+    """The compiler, if there is one."""
+    return shutil.which("nvcc")
+
+
+def compile_cubin(source: Path, arch: int) -> bytes:
+    """The machine code for sm_`arch` of all kernels that a file instantiates.
+
+    Raises:
+        RuntimeError: it does not compile; nvcc's words.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernels.cubin")
+        target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+        command = [nvcc(), *FLAGS, f"-I{ROOT}", target, "-cubin", "-o", cubin, source]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"{source.name} for sm_{arch}: {done.stderr or done.stdout}")
+        return cubin.read_bytes()
+
+
+def readable(symbol: str) -> str:
+    """A kernel's name with its template arguments, without namespaces and parameters."""
+    demangler = shutil.which("c++filt")
+    if demangler is None:
+        return symbol
+    name = subprocess.run([demangler, symbol], capture_output=True, text=True).stdout.strip()
+    name = re.sub(r"^void |\(\w+(::\w+)*(, \w+)*\)$", "", name)
+    return re.sub(r"\b\w+::", "", name)
