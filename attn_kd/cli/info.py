@@ -1,8 +1,8 @@
 """Show what this installation is and what it can use.
 
 The versions of attn_kd and of the packages it builds on, the backends with the reason why each
-refused one cannot run, the instruction set of the compiled kernels, threads and GPUs. Paste its
-output into a bug report.
+refused one cannot run, the instruction set of the compiled kernels, threads, GPUs and what there
+is of CUDA. Paste its output into a bug report.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import re
+import shutil
+import subprocess
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -31,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
         ("backends", _backends()),
         ("kernels", _kernels()),
         ("machine", _machine()),
+        ("cuda", _cuda()),
     ):
         width = max(len(name) for name, _ in rows)
         print(f"{title}:")
@@ -62,8 +66,10 @@ def _kernels() -> list[tuple[str, str]]:
     record = build_record()
     built_for = f"built for torch {record.torch}" if record else "built outside setup.py"
     module = extension.module
+    features = module.features()
+    cuda = "with CUDA" if features["cuda"] else "without CUDA"
     return [
-        ("extension", f"{built_for}, with compiler {module.features()['compiler']}"),
+        ("extension", f"{built_for}, with compiler {features['compiler']}, {cuda}"),
         ("instruction set", f"{module.instruction_set()}, in use"),
         ("compiled", ", ".join(module.compiled_instruction_sets())),
         ("runs here", ", ".join(module.supported_instruction_sets())),
@@ -81,5 +87,22 @@ def _machine() -> list[tuple[str, str]]:
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
         memory = f"{device.total_memory / 2**30:.0f} GiB"
-        rows.append((f"gpu {index}", f"{device.name}, {memory}, sm_{device.major}{device.minor}"))
+        capability = f"compute capability {device.major}.{device.minor}"
+        rows.append((f"gpu {index}", f"{device.name}, {memory}, {capability}"))
     return rows
+
+
+def _cuda() -> list[tuple[str, str]]:
+    release = torch.version.cuda
+    built = "a CPU build" if release is None else f"built for {release}"
+    cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
+    return [("torch", built), ("cudnn", str(cudnn or "none")), ("nvcc", _nvcc())]
+
+
+def _nvcc() -> str:
+    program = shutil.which("nvcc")
+    if program is None:
+        return "not found"
+    said = subprocess.run([program, "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release ([\d.]+)", said)
+    return f"{release[1] if release else 'of an unknown version'}, {program}"

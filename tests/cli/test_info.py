@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -79,3 +81,30 @@ def test_shows_the_threads_asked_for(show):
         assert show("--threads", "1")["machine"]["threads"].startswith("1 of ")
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("says", "expected"),
+    [
+        ("Cuda compilation tools, release 13.0, V13.0.88", "13.0, "),
+        ("?", "of an unknown version, "),
+    ],
+    ids=["release", "nonsense"],
+)
+def test_shows_the_version_of_nvcc(show, monkeypatch, tmp_path, says, expected):
+    program = tmp_path / "nvcc"
+    program.write_text(f"#!/bin/sh\necho '{says}'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert show()["cuda"]["nvcc"] == f"{expected}{program}"
+
+
+def test_shows_that_there_is_no_nvcc(show, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert show()["cuda"]["nvcc"] == "not found"
+
+
+@pytest.mark.gpu
+def test_shows_the_compute_capability(show):
+    major, minor = torch.cuda.get_device_capability()
+    assert show()["machine"]["gpu 0"].endswith(f"compute capability {major}.{minor}")
