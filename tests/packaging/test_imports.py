@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -51,6 +52,34 @@ def test_importing_attn_kd_adds_only_itself_to_what_torch_imports():
 @pytest.mark.parametrize("module", ["attn_kd.cli", "attn_kd.cli.info", "attn_kd.nn"])
 def test_light_modules_import_no_optional_package(module):
     assert not modules_loaded_by(f"import {module}") & OPTIONAL_PACKAGES
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None
+import torch, attn_kd
+x = torch.randn(1, 1, 4, 8)
+attn_kd.attention_kl(x, x, x, x, x)
+print(attn_kd.available_backends()["triton"].reason, file=sys.stderr)
+try:
+    attn_kd.attention_kl(x, x, x, x, x, backend="triton")
+except attn_kd.errors.InputError as error:
+    print(error, file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("interpret", ["0", "1"])
+def test_without_triton_the_rest_works_and_says_what_is_missing(interpret):
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", WITHOUT_TRITON],
+        env={**os.environ, "TRITON_INTERPRET": interpret},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    reason, error = result.stderr.splitlines()
+    assert "triton" in reason
+    assert error == f"backend='triton' cannot run here: {reason}"
 
 
 def imported_modules(path: Path) -> Iterator[str]:
