@@ -10,6 +10,8 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.accuracy import Checker, Errors
+from bench.devices import clock_for
+from bench.gpu_peers import candidates_on, split_refused
 from bench.peers import CANDIDATES, PASSES, Candidate, forward
 from bench.rounds import measure_in_turn
 from bench.workloads import Shape, Workload, make_workload
@@ -38,25 +40,37 @@ PASSES_OF_CALLS: dict[str, Callable[[Candidate, Workload], object]] = {
 @pytest.mark.parametrize("pass_name", PASSES_OF_CALLS)
 @pytest.mark.parametrize("shape_name", SMALL)
 def test_latency(
-    benchmark: BenchmarkFixture, budget: float, shape_name: str, pass_name: str
+    benchmark: BenchmarkFixture,
+    budget: float,
+    device: torch.device,
+    shape_name: str,
+    pass_name: str,
 ) -> None:
-    workload = make_workload(SMALL[shape_name], torch.float32)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    workload = make_workload(SMALL[shape_name], dtype, device=device)
     run, checker = PASSES_OF_CALLS[pass_name], Checker(workload)
+    functions, refused = split_refused(
+        {name: partial(run, f, workload) for name, f in candidates_on(device).items()}
+    )
     errors = Errors()
     benchmark.extra_info.update(
-        {"kind": "latency", "shape": shape_name, "pass": pass_name, "dtype": "float32"},
+        {"kind": "latency", "shape": shape_name, "pass": pass_name},
+        dtype=str(dtype).removeprefix("torch."),
         sizes=workload.shape._asdict(),
         errors=errors,
+        refused=refused,
     )
     measure_in_turn(
         benchmark,
-        {name: partial(run, candidate, workload) for name, candidate in CANDIDATES.items()},
+        functions,
         budget=budget / 3,
         calls=CALLS,
         verify=lambda name, result: errors.update({name: checker.check(result)}),
+        clock=clock_for(device, calls=CALLS),
     )
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("threads", [1], indirect=True)
 @pytest.mark.parametrize("pass_name", PASSES_OF_CALLS)
 def test_overhead(benchmark: BenchmarkFixture, budget: float, pass_name: str, threads: int) -> None:
