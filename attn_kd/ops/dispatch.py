@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attn_kd.ops import autocast, checks, extension, philox
+from attn_kd.ops import autocast, checks, extension, philox, triton_operator
 from attn_kd.ops.arguments import Operands, Options
-from attn_kd.ops.backends import select_backend
+from attn_kd.ops.backends import facts_of, select_backend
 from attn_kd.ops.reference import attention_kl_reference
 
 Results = tuple[Tensor, Tensor, Tensor]  # output, kl (empty without a teacher), lse
@@ -67,11 +67,11 @@ def _run_checked(operands: Operands, options: Options, backend: str | None) -> R
     operands = autocast.cast_student(operands)
     checks.check_operands(operands, options, with_value=value is not None)
     operands = checks.detach_teacher(operands)
-    chosen = select_backend(backend, query.device, _head_dims(operands))
+    chosen = select_backend(backend, facts_of(operands, options))
     if options.dropout_p > 0.0 and operands.dropout_seed is None:
         operands = operands._replace(dropout_seed=philox.draw_seed(query.device))
-    if chosen == "cpu":
-        return _compiled_operator(operands, options)
+    if chosen != "reference":
+        return _operator(chosen, operands, options)
     if not autocast.is_enabled(query.device):
         return attention_kl_reference(operands, options)
     # The logits stay float32 under autocast too: rounding them spoils the gradient.
@@ -79,12 +79,10 @@ def _run_checked(operands: Operands, options: Options, backend: str | None) -> R
         return attention_kl_reference(operands, options)
 
 
-def _compiled_operator(operands: Operands, options: Options) -> Results:
-    output, kl, lse, _, _ = torch.ops.attn_kd.attention_kl_forward(*operands, *options)
-    return output, kl, lse
-
-
-def _head_dims(operands: Operands) -> tuple[int, ...]:
-    teacher_query = operands.teacher_query
-    teacher_dim = 0 if teacher_query is None else teacher_query.shape[3]
-    return (operands.query.shape[3], operands.value.shape[3], teacher_dim)
+def _operator(backend: str, operands: Operands, options: Options) -> Results:
+    # The device of the tensors tells the compiled operator "cpu" from "cuda".
+    if backend == "triton":
+        results = triton_operator.forward_operator(*operands, *options)
+    else:
+        results = torch.ops.attn_kd.attention_kl_forward(*operands, *options)
+    return results[:3]

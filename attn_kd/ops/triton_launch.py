@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import triton
 from torch import Tensor
 
 from attn_kd.kernels.triton.backward import (
@@ -45,6 +46,11 @@ class Launch(NamedTuple):
 def is_interpreted() -> bool:
     """Whether the kernels were imported for Triton's interpreter."""
     return type(forward_kernel).__name__ == "InterpretedFunction"
+
+
+def architecture() -> int:
+    """The compute capability that kernels are compiled for, as 80, 90 or 100; 0 if interpreted."""
+    return 0 if is_interpreted() else triton.runtime.driver.active.get_current_target().arch
 
 
 def forward_launch(
@@ -114,7 +120,7 @@ def make_variant(
     teacher_dim = 0 if teacher is None else teacher.shape[3]
     head_dim = operands.query.shape[3]
     itemsize = max(t.element_size() for t in (operands.query, teacher) if t is not None)
-    tile = tiling(kernel, max(head_dim, value_dim, teacher_dim), itemsize, is_interpreted())
+    tile = tiling(kernel, max(head_dim, value_dim, teacher_dim), itemsize, architecture())
     mask = operands.attn_mask
     variant = Variant(
         block_q=tile.block_q,
@@ -129,6 +135,7 @@ def make_variant(
         mask_per_key=mask is not None and mask_strides(mask)[2] == 0,
         dropout=problem.dropout_p > 0.0 and value_dim > 0 if dropout is None else dropout,
         precision=products_precision() if itemsize == 4 else "ieee",
+        interpreted=is_interpreted(),
     )
     return variant, tile
 

@@ -6,7 +6,6 @@ extension is not needed. Importing this module does not import Triton.
 
 from __future__ import annotations
 
-import os
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,6 +16,7 @@ from attn_kd.errors import InputError
 from attn_kd.ops import fake
 from attn_kd.ops.arguments import Operands, Options
 from attn_kd.ops.autograd import FusedAttentionKL
+from attn_kd.ops.backends import interprets_triton
 from attn_kd.ops.triton_problem import Problem, check_shape, in_reach, make_problem, row_values
 
 FORWARD = "attn_kd::triton_attention_kl_forward"
@@ -135,13 +135,9 @@ def _one_pass_backward(problem: Problem, arriving: Any, *grads: Tensor) -> None:
         launch.run()
 
 
-def interpreted() -> bool:
-    """Whether Triton runs on the CPU: TRITON_INTERPRET=1, to be set before the first call."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 def _check_device(query: Tensor) -> None:
-    if query.device.type != "cuda" and not interpreted():
+    """Refuse what no kernel can read; tensors without data may describe a launch."""
+    if query.device.type not in ("cuda", "meta") and not interprets_triton():
         raise InputError(
             f"query is on {query.device}, expected a CUDA device: Triton runs elsewhere only where "
             "TRITON_INTERPRET=1 is set"
@@ -154,9 +150,7 @@ def _device_of(tensor: Tensor) -> Any:
 
 
 def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    of_inputs = torch.ops.attn_kd.triton_attention_kl_backward(
-        *grads[:3], *ctx.saved_tensors, *ctx.options
-    )
+    of_inputs = backward_operator(*grads[:3], *ctx.saved_tensors, *ctx.options)
     constants = len(Operands._fields) - len(of_inputs) + len(Options._fields)
     return (*of_inputs, *[None] * constants)
 
@@ -184,3 +178,6 @@ def _define() -> None:
 
 
 _define()
+
+forward_operator = torch.ops.attn_kd.triton_attention_kl_forward
+backward_operator = torch.ops.attn_kd.triton_attention_kl_backward

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import attn_kd
-from attn_kd.ops.backends import select_backend
+from attn_kd.ops.backends import Call, select_backend
 
 WAYS = ("fused", "eager")
 _STATUS = Path("/proc/self/status")
@@ -63,7 +63,7 @@ def measure_attention_memory(
         reason = error.stderr.strip().splitlines()[-1:] or [f"exit status {error.returncode}"]
         warnings.warn(f"the peak memory could not be measured: {reason[0]}", stacklevel=2)
         return None
-    backend = select_backend(None, torch.device("cpu"), (head_dim,))
+    backend = select_backend(None, Call(torch.device("cpu"), (head_dim,)))
     return AttentionMemory(tokens, heads, head_dim, backend, peaks["fused"], peaks["eager"])
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+
 from attn_kd.kernels.triton.divergence import grad_logit, row_offset, row_slope, teacher_origin
 from attn_kd.kernels.triton.operands import (
     Mask,

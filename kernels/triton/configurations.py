@@ -19,7 +19,7 @@ class Tiling(NamedTuple):
 
 
 # Where Triton interprets: several tiles at the sizes of tests.
-INTERPRETED = Tiling(64, 64, 4, 1)
+INTERPRETED = Tiling(64, 128, 4, 1)
 
 WIDTHS = (32, 64, 128, 256)  # classes of the widest of D, Dv and Dt
 KERNELS = (
@@ -46,20 +46,20 @@ _HALF = {
     ("backward_rows", 64): Tiling(64, 64, 8, 2),
     ("backward_rows", 128): Tiling(64, 32, 8, 2),
     ("backward_rows", 256): Tiling(32, 32, 8, 1),
-    ("group_slopes", 32): Tiling(64, 64, 8, 2),
-    ("group_slopes", 64): Tiling(64, 64, 8, 2),
+    ("group_slopes", 32): Tiling(128, 64, 8, 2),
+    ("group_slopes", 64): Tiling(128, 64, 8, 2),
     ("group_slopes", 128): Tiling(64, 32, 8, 2),
     ("group_slopes", 256): Tiling(32, 32, 8, 1),
-    ("two_pass_forward", 32): Tiling(64, 64, 8, 2),
-    ("two_pass_forward", 64): Tiling(64, 64, 8, 2),
+    ("two_pass_forward", 32): Tiling(64, 64, 4, 2),
+    ("two_pass_forward", 64): Tiling(64, 64, 4, 2),
     ("two_pass_forward", 128): Tiling(64, 32, 8, 2),
     ("two_pass_forward", 256): Tiling(32, 32, 8, 1),
-    ("two_pass_backward_keys", 32): Tiling(64, 64, 8, 2),
-    ("two_pass_backward_keys", 64): Tiling(64, 64, 8, 2),
+    ("two_pass_backward_keys", 32): Tiling(32, 64, 4, 2),
+    ("two_pass_backward_keys", 64): Tiling(32, 64, 4, 2),
     ("two_pass_backward_keys", 128): Tiling(32, 64, 8, 2),
     ("two_pass_backward_keys", 256): Tiling(32, 32, 8, 1),
-    ("two_pass_backward_rows", 32): Tiling(64, 64, 8, 2),
-    ("two_pass_backward_rows", 64): Tiling(64, 64, 8, 2),
+    ("two_pass_backward_rows", 32): Tiling(64, 32, 4, 2),
+    ("two_pass_backward_rows", 64): Tiling(64, 32, 4, 2),
     ("two_pass_backward_rows", 128): Tiling(64, 32, 8, 2),
     ("two_pass_backward_rows", 256): Tiling(32, 32, 8, 1),
 }

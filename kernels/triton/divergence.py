@@ -8,6 +8,7 @@ the teacher, p before normalisation in the forward pass and after it in the back
 
 import triton
 import triton.language as tl
+
 from attn_kd.kernels.triton.tiles import LN2, LOG2E
 
 

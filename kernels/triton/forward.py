@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+
 from attn_kd.kernels.triton.divergence import moved_sum, row_correction, row_divergence, term
 from attn_kd.kernels.triton.operands import (
     Mask,

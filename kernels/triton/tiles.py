@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+
 from attn_kd.kernels.triton.operands import Head, load_rows
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -67,12 +68,16 @@ def origin_of(max):
 @triton.jit
 def product(left, right, V: tl.constexpr):
     """left @ right in float32; of 16-bit operands by tensor cores."""
+    if V.interpreted:  # Triton's interpreter multiplies bfloat16 as if it were integers
+        left, right = left.to(tl.float32), right.to(tl.float32)
     return tl.dot(left, right, input_precision=V.precision)
 
 
 @triton.jit
 def add_product(total, left, right, V: tl.constexpr):
     """total + left @ right."""
+    if V.interpreted:
+        left, right = left.to(tl.float32), right.to(tl.float32)
     return tl.dot(left, right, total, input_precision=V.precision)
 
 

@@ -27,7 +27,7 @@ def autocast_operator(backend: str, dtype: torch.dtype) -> Callable:
     """The operator under autocast in the forward pass alone, as its users run it."""
 
     def function(*tensors: Tensor) -> attn_kd.AttentionKLOutput:
-        with torch.autocast("cpu", dtype):
+        with torch.autocast(torch.get_default_device().type, dtype):
             return attn_kd.attention_kl(*tensors, backend=backend)
 
     return function
@@ -55,7 +55,7 @@ def test_logits_are_not_rounded(backend):
     """The divergence is that of the rounded inputs to float32 precision, not to bfloat16's."""
     inputs = random_inputs(Sizes(), torch.bfloat16)
     expected = attn_kd.attention_kl(*inputs.to(torch.float32), backend=backend)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         actual = attn_kd.attention_kl(*inputs.to(torch.float32), backend=backend)
     torch.testing.assert_close(actual.kl, expected.kl)
     torch.testing.assert_close(actual.lse, expected.lse)
@@ -64,7 +64,7 @@ def test_logits_are_not_rounded(backend):
 def test_float64_is_left_alone(backend):
     inputs = random_inputs(Sizes(), torch.float64)
     expected = attn_kd.attention_kl(*inputs, backend=backend)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         actual = attn_kd.attention_kl(*inputs, backend=backend)
     assert torch.equal(actual.output, expected.output) and actual.kl.dtype == torch.float64
 
@@ -73,7 +73,7 @@ def test_dtypes_that_autocast_makes_one(backend):
     """A float32 query beside bfloat16 keys is what a model under autocast may hand over."""
     inputs = random_inputs(Sizes())
     mixed = inputs._replace(key=inputs.key.bfloat16(), value=inputs.value.bfloat16())
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         actual = attn_kd.attention_kl(*mixed, backend=backend)
         expected = attn_kd.attention_kl(*inputs, backend=backend)
     assert torch.equal(actual.output, expected.output)
@@ -83,7 +83,7 @@ def test_dtypes_that_autocast_makes_one(backend):
 def test_of_the_operator_itself(cpu_backend, dtype):
     """torch.ops.attn_kd casts as the public functions do."""
     inputs = random_inputs(Sizes())
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(torch.get_default_device().type, dtype):
         results = torch.ops.attn_kd.attention_kl_forward(*Operands(*inputs), *Options())
         expected = attn_kd.attention_kl(*inputs, backend=cpu_backend)
     assert results[0].dtype == dtype
@@ -95,7 +95,7 @@ def test_the_python_function_casts_nothing(cpu_backend):
     inputs, cotangents = random_inputs(Sizes()), random_cotangents(Sizes())
 
     def function(*tensors: Tensor) -> tuple[Tensor, ...]:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16):
             return attn_kd.FusedAttentionKL.apply(*Operands(*tensors), *Options())[:3]
 
     expected = run_backend(cpu_backend, inputs, cotangents)

@@ -37,7 +37,7 @@ every_reduction = pytest.mark.parametrize("head_reduction", HEAD_REDUCTIONS)
 def kept_after(seed: int) -> Tensor:
     """What a call right after torch.manual_seed(seed) keeps."""
     torch.manual_seed(seed)
-    return philox.keep_mask(philox.draw_seed(torch.device("cpu")), P, MAP)
+    return philox.keep_mask(philox.draw_seed(torch.get_default_device()), P, MAP)
 
 
 def run_seeded(backend: str, inputs: Inputs, cotangents: Cotangents, **options) -> Results:
