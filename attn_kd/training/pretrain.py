@@ -72,8 +72,8 @@ def pretrain_backbone(
     trainer.require_finite_weights()
     if trainer.is_world_process_zero():
         keep()
-        shutil.rmtree(arguments.output_dir, ignore_errors=True)
-    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.wait_for_everyone()  # every process has read the checkpoint, if any
+    shutil.rmtree(arguments.output_dir, ignore_errors=True)
     if interrupt.requested:
         raise TrainingInterrupted("the backbone is pretrained; --resume goes on from there")
 
