@@ -4,6 +4,7 @@
 #   make demo    the main job, small: teacher, baseline and distilled student; report in demo/
 #   make test    all tests
 #   make bench   the benchmarks (some 17 minutes), then tables and, in bench/figures/, figures
+#   make gpu     on a machine with an NVIDIA GPU: tests, sanitizers and benchmarks there
 #   make lint    formatting, lint and types
 #   make format  formats Python and C++
 #   make clean   removes what the above made, the virtual environment included
@@ -27,7 +28,7 @@ PACKAGES := $(VENV)/.packages
 EXTENSION := $(VENV)/.extension
 NATIVE := $(shell find csrc kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test bench gpu lint format clean
 
 demo: $(EXTENSION)
 	$(BIN)/attn-kd demo --out demo --overwrite
@@ -38,6 +39,9 @@ test: $(EXTENSION)
 bench: $(EXTENSION)
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json bench/results.json
 	$(BIN)/python -m bench.summary bench/results.json --figures bench/figures
+
+gpu: $(EXTENSION)
+	PYTHON=$(BIN)/python bench/gpu_session.sh
 
 lint: $(PACKAGES)
 	$(BIN)/ruff check

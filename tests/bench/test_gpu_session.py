@@ -1,0 +1,63 @@
+"""The script for a machine with a GPU, as far as another machine can run it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+FAKE_PYTHON = """#!/bin/sh
+echo "$@" >>"$CALLS"
+case "$*" in *"{failing}"*) exit 1 ;; esac
+"""
+
+
+def session(*steps: str, python: Path | str, out: Path) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        "PYTHON": str(python),
+        "OUT": str(out),
+        "CALLS": str(out / "calls"),
+    }
+    command = ["sh", ROOT / "bench" / "gpu_session.sh", *steps]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def fake_python(folder: Path, *, failing: str = "no such call") -> Path:
+    """An interpreter that writes down what it is called with."""
+    program = folder / "python"
+    program.write_text(FAKE_PYTHON.format(failing=failing))
+    program.chmod(0o755)
+    return program
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_machine_without_a_gpu_is_refused(tmp_path):
+    done = session(python=sys.executable, out=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr == f"gpu_session.sh: {sys.executable} finds no GPU\n"
+
+
+def test_a_step_that_fails_is_named_and_the_next_is_run(tmp_path):
+    python = fake_python(tmp_path, failing="-m pytest")
+    done = session("tests", "resources", python=python, out=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr == "failed: tests\n"
+    assert (tmp_path / "calls").read_text().splitlines()[-1] == "-m bench.kernel_resources"
+
+
+def test_steps_that_succeed_leave_their_logs(tmp_path):
+    done = session("build", "tests", python=fake_python(tmp_path), out=tmp_path)
+    assert done.returncode == 0
+    logs = {path.name for path in tmp_path.glob("*.log")}
+    assert logs == {"gpu-build.log", "gpu-info.log", "gpu-tests.log"}
+
+
+def test_an_unknown_step_is_refused(tmp_path):
+    done = session("dance", python=fake_python(tmp_path), out=tmp_path)
+    assert (done.returncode, done.stderr) == (2, "gpu_session.sh: unknown step 'dance'\n")
