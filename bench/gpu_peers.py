@@ -17,8 +17,8 @@ from attn_kd.errors import InputError
 from bench.peers import CANDIDATES, Candidate
 from bench.rounds import YARDSTICK
 
-# What torch's selector raises where a pinned backend does not take the inputs.
-NO_KERNEL = ("No available kernel", "No viable backend")
+# What torch's selector, and cuDNN behind it, raise where a pinned backend does not take the inputs.
+NO_KERNEL = ("No available kernel", "No viable backend", "cuDNN Frontend error")
 
 
 def pinned_sdpa(

@@ -29,7 +29,7 @@ def source_tree(tmp_path_factory) -> Path:
     """A copy of the tree without what earlier builds and benchmarks left behind."""
     tree = tmp_path_factory.mktemp("source")
     leftovers = shutil.ignore_patterns(
-        "__pycache__", "_C.*", "_build.json", "results.json", "figures"
+        "__pycache__", "_C.*", "_build.json", "results.json", "gpu-*", "figures"
     )
     for name in (*BUILD_INPUTS, *DEVELOPMENT):
         if (ROOT / name).is_dir():
