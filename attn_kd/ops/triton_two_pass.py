@@ -43,9 +43,6 @@ from attn_kd.ops.triton_problem import Problem
 # heads 184 programs of 64 rows or keys each.
 REGION_ELEMENTS = 2 * 1024**2
 
-# Rows of the scratch begin at whole vectors.
-_STRIDE_UNIT = 16
-
 
 class Region(NamedTuple):
     """Queries and keys of some batch entries' maps."""
@@ -57,16 +54,11 @@ class Region(NamedTuple):
     key: int
     keys: int
 
-    @property
-    def row_stride(self) -> int:
-        """Of the scratch that holds the region's slopes."""
-        return _round_up(self.keys, _STRIDE_UNIT)
-
     def arguments(self, scratch: Tensor | None) -> Arguments:
-        """What tells a kernel its region, and where the slopes are."""
+        """What tells a kernel its region, and where [entries, rows, columns] of slopes are."""
         bounds = {name: size for name, size in self._asdict().items() if name != "entries"}
-        stride = 0 if scratch is None else self.row_stride
-        return {"slopes": scratch, "slopes_stride": stride, **bounds}
+        strides = (0, 0) if scratch is None else (scratch.stride(1), scratch.stride(0))
+        return {"slopes": scratch, "row_stride": strides[0], "entry_stride": strides[1], **bounds}
 
 
 class Kernel(NamedTuple):
@@ -103,11 +95,12 @@ def two_pass_forward(
     slopes.arguments["teacher_lse_rest"] = lse_rest
     blocks = _blocks(problem.sizes["key_length"], slopes.tile.block_k)
     kl_parts = kl.new_empty(blocks, *kl.shape)
-    regions = _regions(problem, slopes, rows)
-    scratch = _scratch(regions, row_state)
+    unit = _unit(slopes, rows)
+    regions = _regions(problem, unit)
+    scratch = _scratch(regions, unit, row_state)
     for region in regions:
         window = region.arguments(scratch)
-        slopes.run(_tiles(region, slopes), {"kl_parts": kl_parts, **window})
+        _fill(scratch, slopes, region, kl_parts)
         rows.run(_row_blocks(problem, region, rows), {"kl": None, **window})
     torch.sum(kl_parts, 0, out=kl)
 
@@ -132,9 +125,10 @@ def two_pass_backward(
         for name in ("two_pass_backward_rows", "two_pass_backward_keys")
     )
     slopes = _slopes_kernel(problem, teacher_lse, row_state)
-    slopes.arguments.update(teacher_lse_rest=None, kl_parts=None)
-    regions = _regions(problem, slopes, rows, keys) if averaged else [_whole(problem)]
-    scratch = _scratch(regions, row_state) if averaged else None
+    slopes.arguments["teacher_lse_rest"] = None
+    unit = _unit(slopes, rows, keys)
+    regions = _regions(problem, unit) if averaged else [_whole(problem)]
+    scratch = _scratch(regions, unit, row_state) if averaged else None
 
     # What regions add to is kept in float32.
     row_sums = _sums([grad_query], any(region.key for region in regions))
@@ -159,8 +153,8 @@ def two_pass_backward(
     )
     for region in regions:
         window = region.arguments(scratch)
-        if averaged:
-            slopes.run(_tiles(region, slopes), window)
+        if scratch is not None:
+            _fill(scratch, slopes, region, kl_parts=None)
         rows.run(_row_blocks(problem, region, rows), window)
         keys.run(_key_blocks(problem, region, keys), window)
     for grad, total in zip((grad_query, grad_key, grad_value), row_sums + key_sums, strict=False):
@@ -248,14 +242,13 @@ def _whole(problem: Problem) -> Region:
     return Region(0, batch, 0, sizes["query_length"], 0, sizes["key_length"])
 
 
-def _regions(problem: Problem, *kernels: Kernel) -> list[Region]:
-    """Regions of at most about REGION_ELEMENTS that tiles of the kernels do not straddle.
+def _regions(problem: Problem, unit: int) -> list[Region]:
+    """Regions of at most about REGION_ELEMENTS that begin at multiples of `unit`.
 
     Whole maps if they fit, else parts as square as their sides allow: there is a program for every
     block of either side.
     """
     _, batch, _, queries, _, keys = _whole(problem)
-    unit = max(max(kernel.tile.block_q, kernel.tile.block_k) for kernel in kernels)
     entries = max(1, min(batch, REGION_ELEMENTS // (queries * keys)))
     key_step = _step(keys, max(math.isqrt(REGION_ELEMENTS), REGION_ELEMENTS // queries), unit)
     query_step = _step(queries, REGION_ELEMENTS // key_step, unit)
@@ -271,15 +264,22 @@ def _regions(problem: Problem, *kernels: Kernel) -> list[Region]:
     ]
 
 
+def _unit(*kernels: Kernel) -> int:
+    """What the blocks of all of them divide."""
+    return max(max(kernel.tile.block_q, kernel.tile.block_k) for kernel in kernels)
+
+
 def _step(length: int, most: int, unit: int) -> int:
     """The size of equal parts of a length, at most about `most`, a multiple of the unit."""
     parts = _blocks(length, max(most, unit))
     return _round_up(_blocks(length, parts), unit)
 
 
-def _scratch(regions: list[Region], like: Tensor) -> Tensor:
-    sizes = [region.entries * region.queries * region.row_stride for region in regions]
-    return like.new_empty(max(sizes))
+def _scratch(regions: list[Region], unit: int, like: Tensor) -> Tensor:
+    """[entries, rows, columns] for the slopes of any of the regions; the first is the largest."""
+    largest = regions[0]
+    rows, columns = _round_up(largest.queries, unit), _round_up(largest.keys, unit)
+    return like.new_empty(largest.entries, rows, columns)
 
 
 def _sums(grads: list[Tensor], of_several: bool) -> list[Tensor]:
@@ -292,9 +292,13 @@ def _sums(grads: list[Tensor], of_several: bool) -> list[Tensor]:
     ]
 
 
-def _tiles(region: Region, kernel: Kernel) -> int:
-    rows = _blocks(region.queries, kernel.tile.block_q)
-    return region.entries * rows * _blocks(region.keys, kernel.tile.block_k)
+def _fill(scratch: Tensor, slopes: Kernel, region: Region, kl_parts: Tensor | None) -> None:
+    """Fill the scratch with a region's slopes, beyond its ends as far as other kernels' tiles."""
+    _, rows, columns = scratch.shape
+    region = region._replace(queries=rows, keys=columns)
+    tiles = (rows // slopes.tile.block_q) * (columns // slopes.tile.block_k)
+    arguments = {"kl_parts": kl_parts, **region.arguments(scratch)}
+    slopes.run(region.entries * tiles, arguments)
 
 
 def _row_blocks(problem: Problem, region: Region, kernel: Kernel) -> int:

@@ -55,7 +55,7 @@ _HALF = {
     ("two_pass_forward", 128): Tiling(64, 32, 8, 2),
     ("two_pass_forward", 256): Tiling(32, 32, 8, 1),
     ("two_pass_backward_keys", 32): Tiling(32, 64, 4, 2),
-    ("two_pass_backward_keys", 64): Tiling(32, 64, 4, 2),
+    ("two_pass_backward_keys", 64): Tiling(32, 64, 8, 2),
     ("two_pass_backward_keys", 128): Tiling(32, 64, 8, 2),
     ("two_pass_backward_keys", 256): Tiling(32, 32, 8, 1),
     ("two_pass_backward_rows", 32): Tiling(64, 32, 4, 2),

@@ -54,14 +54,16 @@ UNSPECIALIZED = (
 
 
 class Window(NamedTuple):
-    """Slopes of averaged maps: [entries, queries, keys] of them from (batch, query, key) on.
+    """Slopes of averaged maps: [entries, rows, columns] of them from (batch, query, key) on.
 
-    It begins, and ends where the maps do not, between tiles of every kernel. Of the maps of single
-    heads data is None: their slopes are computed where they are used.
+    Rows and columns are as many as whole tiles of every kernel have, so that tiles are read and
+    written without a mask. Of the maps of single heads data is None: their slopes are computed
+    where they are used.
     """
 
     data: Any  # float32
-    row_stride: Any
+    row_stride: Any  # the number of columns
+    entry_stride: Any
     batch: Any
     query: Any
     queries: Any
@@ -77,21 +79,16 @@ class Average(NamedTuple):
 
 
 @triton.jit
-def window_tile(window, entry, row, key, V: tl.constexpr, KEYS_FIRST: tl.constexpr):
-    """Pointers to a tile, [block_q, block_k] or transposed, and which of it exist.
-
-    entry, row and key are counted from where the window begins.
-    """
-    first = (tl.cast(entry, tl.int64) * window.queries + row) * window.row_stride + key
+def window_tile(window, entry, row, column, V: tl.constexpr, KEYS_FIRST: tl.constexpr):
+    """Pointers to the window's tile [block_q, block_k] at (row, column), or to it transposed."""
+    start = window.data + tl.cast(entry, tl.int64) * window.entry_stride
+    start += tl.cast(row, tl.int64) * window.row_stride + column
     rows, keys = tl.arange(0, V.block_q), tl.arange(0, V.block_k)
-    valid, exist = row + rows < window.queries, key + keys < window.keys
     if KEYS_FIRST:
         at = rows[None, :] * window.row_stride + keys[:, None]
-        inside = valid[None, :] & exist[:, None]
     else:
         at = rows[:, None] * window.row_stride + keys[None, :]
-        inside = valid[:, None] & exist[None, :]
-    return window.data + first + at, inside
+    return start + at
 
 
 @triton.jit
@@ -165,7 +162,8 @@ def group_slopes_kernel(
     state,  # [3, B, H, Lq]
     teacher_lse_rest,  # [B, Ht, Lq] or None
     slopes,  # of the window, to be filled
-    slopes_stride,
+    row_stride,
+    entry_stride,
     kl_parts,  # [key blocks, B, Lq]: what each adds to the divergence; None where nobody asks
     scales: Scales,
     batch_heads,
@@ -181,7 +179,7 @@ def group_slopes_kernel(
     V: tl.constexpr,
 ):
     """Grid: the window's tiles, key blocks fastest, then query blocks, then batch entries."""
-    window = Window(slopes, slopes_stride, batch, query, queries, key, keys)
+    window = Window(slopes, row_stride, entry_stride, batch, query, queries, key, keys)
     sizes = Sizes(batch_heads, heads, query_length, key_length)
     key_blocks, query_blocks = tl.cdiv(keys, V.block_k), tl.cdiv(queries, V.block_q)
     column = tl.program_id(0) % key_blocks * V.block_k
@@ -196,11 +194,11 @@ def group_slopes_kernel(
         *(student, teacher, mask, teacher_lse_rest, teacher_heads),
         *(b, first_row, first_key, sizes, scales.teacher, V),
     )
-    tile, inside = window_tile(window, entry, row, column, V, False)
-    tl.store(tile, slope(log_a, log_b, V), mask=inside)
+    tl.store(window_tile(window, entry, row, column, V, False), slope(log_a, log_b, V))
     if kl_parts is not None:
-        part = tl.sum(tl.where(inside, value(log_a, log_b, V), 0.0), 1)
-        rows = tl.arange(0, V.block_q)
+        part = tl.sum(value(log_a, log_b, V), 1)
+        rows = first_row + tl.arange(0, V.block_q)
         block = tl.cast(first_key // V.block_k, tl.int64) * (batch_heads // heads) + b
-        at = kl_parts + block * query_length + first_row
-        tl.store(at + rows, part, mask=row + rows < queries)
+        # Of columns beyond the last key there is no part.
+        if first_key < key_length:
+            tl.store(kl_parts + block * query_length + rows, part, mask=rows < query_length)

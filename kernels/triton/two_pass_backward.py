@@ -118,8 +118,7 @@ def pair_gradients(
         )
         slopes = slope(log_a, log_b, V)
     else:
-        tile, inside = window_tile(window, entry, row, column, V, KEYS_FIRST)
-        slopes = tl.load(tile, mask=inside, other=0.0)
+        slopes = tl.load(window_tile(window, entry, row, column, V, KEYS_FIRST))
     grad = along_rows(rows.factor, KEYS_FIRST) * weighted_slope(a, log_a, slopes, V)
     grad_probability = along_rows(offset, KEYS_FIRST)
     kept = a
@@ -167,7 +166,8 @@ def two_pass_backward_rows_kernel(
     grad_lse,  # [B, H, Lq] or None
     state,  # [3, B, H, Lq]
     slopes,  # of the window of averaged maps, or None
-    slopes_stride,
+    row_stride,
+    entry_stride,
     grad_query: Operand,  # [B, H, Lq, D]
     offsets,  # [B, H, Lq], written for the other kernel
     kl_share,  # 1 / H of averaged maps, else 1
@@ -184,7 +184,7 @@ def two_pass_backward_rows_kernel(
     V: tl.constexpr,
 ):
     """Grid: the window's query blocks of one head, then those of the next."""
-    window = Window(slopes, slopes_stride, batch, query, queries, key, keys)
+    window = Window(slopes, row_stride, entry_stride, batch, query, queries, key, keys)
     sizes = Sizes(batch_heads, heads, query_length, key_length)
     row_blocks = tl.cdiv(queries, V.block_q)
     row = tl.program_id(0) % row_blocks * V.block_q
@@ -245,7 +245,8 @@ def two_pass_backward_keys_kernel(
     grad_kl,  # [B, H, Lq], of averaged maps [B, Lq]
     state,  # [3, B, H, Lq]
     slopes,  # of the window of averaged maps, or None
-    slopes_stride,
+    row_stride,
+    entry_stride,
     offsets,  # [B, H, Lq]
     grad_key: Operand,  # [B, H, Lk, D]
     grad_value: Operand,  # [B, H, Lk, Dv]
@@ -263,7 +264,7 @@ def two_pass_backward_keys_kernel(
     V: tl.constexpr,
 ):
     """Grid: the window's key blocks of one head, then those of the next."""
-    window = Window(slopes, slopes_stride, batch, query, queries, key, keys)
+    window = Window(slopes, row_stride, entry_stride, batch, query, queries, key, keys)
     sizes = Sizes(batch_heads, heads, query_length, key_length)
     key_blocks = tl.cdiv(keys, V.block_k)
     column = tl.program_id(0) % key_blocks * V.block_k

@@ -39,7 +39,8 @@ def two_pass_forward_kernel(
     mask: Mask,
     teacher_lse_rest,  # [B, H, Lq] or None
     slopes,  # of the window of averaged maps, or None
-    slopes_stride,
+    row_stride,
+    entry_stride,
     kl,  # [B, H, Lq], or None where maps are averaged
     state,  # [3, B, H, Lq]: origin and inverse sum are read, the correction is written
     scales: Scales,
@@ -55,7 +56,7 @@ def two_pass_forward_kernel(
     V: tl.constexpr,
 ):
     """Grid: the window's query blocks of one head, then those of the next."""
-    window = Window(slopes, slopes_stride, batch, query, queries, key, keys)
+    window = Window(slopes, row_stride, entry_stride, batch, query, queries, key, keys)
     sizes = Sizes(batch_heads, heads, query_length, key_length)
     row_blocks = tl.cdiv(queries, V.block_q)
     row = tl.program_id(0) % row_blocks * V.block_q
@@ -92,8 +93,7 @@ def two_pass_forward_kernel(
             divergence += tl.sum(value(log_a, log_b, V), 1)
             slope_tile = slope(log_a, log_b, V)
         else:
-            tile, inside = window_tile(window, entry, row, column, V, False)
-            slope_tile = tl.load(tile, mask=inside, other=0.0)
+            slope_tile = tl.load(window_tile(window, entry, row, column, V, False))
         correction += tl.sum(weighted_slope(a, log_a, slope_tile, V), 1)
     tl.store(correction_at, correction, mask=valid)
     if kl is not None:
