@@ -78,13 +78,13 @@ def test_student_learns_from_the_cache_what_it_does_from_the_teacher(teacher, da
     layers = ["--layers", encoder, decoder]
     folder = tmp_path / "cache"
     assert cache_teacher(teacher, data, folder, *layers, "--dtype", "float32") == 0
-    options = [*layers, "--head-map", "3,2,1,0", "--no-augment"]
+    options = [*layers, "--head-map", "3,2,1,0", "--no-augment", "--amp", "none"]
     assert distill(data, tmp_path / "live", "--teacher", teacher, *options) == 0
     assert distill(data, tmp_path / "cached", "--teacher-cache", str(folder), *options) == 0
     live, cached = (
         json.loads((tmp_path / name / "history.json").read_text())[0] for name in ("live", "cached")
     )
-    assert cached["attention_kl"] == pytest.approx(live["attention_kl"], rel=1e-4)
+    assert cached["attention_kl"] == pytest.approx(live["attention_kl"], rel=1e-5)
 
 
 def test_layer_that_is_not_kept_is_refused_with_what_to_keep(cache, data, tmp_path, capsys):
