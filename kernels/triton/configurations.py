@@ -34,16 +34,16 @@ KERNELS = (
 
 # By kernel and class of width, for operands of 16 bits.
 _HALF = {
-    ("forward", 32): Tiling(128, 64, 8, 3),
-    ("forward", 64): Tiling(128, 64, 8, 3),
+    ("forward", 32): Tiling(128, 32, 8, 3),
+    ("forward", 64): Tiling(128, 32, 8, 3),
     ("forward", 128): Tiling(64, 64, 8, 2),
     ("forward", 256): Tiling(64, 32, 8, 2),
-    ("backward_keys", 32): Tiling(64, 128, 8, 2),
-    ("backward_keys", 64): Tiling(64, 64, 8, 2),
+    ("backward_keys", 32): Tiling(32, 128, 8, 2),
+    ("backward_keys", 64): Tiling(32, 128, 8, 2),
     ("backward_keys", 128): Tiling(32, 64, 8, 2),
     ("backward_keys", 256): Tiling(32, 32, 8, 1),
-    ("backward_rows", 32): Tiling(128, 64, 8, 2),
-    ("backward_rows", 64): Tiling(64, 64, 8, 2),
+    ("backward_rows", 32): Tiling(128, 32, 8, 2),
+    ("backward_rows", 64): Tiling(128, 32, 8, 2),
     ("backward_rows", 128): Tiling(64, 32, 8, 2),
     ("backward_rows", 256): Tiling(32, 32, 8, 1),
     ("group_slopes", 32): Tiling(128, 64, 8, 2),
