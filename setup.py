@@ -4,7 +4,9 @@ The package is complete without the extension (the reference backend is plain to
 that goes wrong here may keep it from being installed. The reason goes to the output of the build,
 which pip shows with ``-v`` alone, and to ``attn_kd/_build.json``, from where the warning of the
 first call and ``attn-kd info`` tell it. ``ATTN_KD_BUILD_EXTENSION`` changes that: ``auto``
-(default), ``never``, or ``require`` (a failure to build is an error; for development).
+(default), ``never``, or ``require`` (a failure to build is an error; for development). Where torch
+has CUDA and there is an nvcc, the extension contains the CUDA kernels too, unless
+``ATTN_KD_BUILD_CUDA`` is ``never``.
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ CXX_FLAGS = [
     "-fno-math-errno",
     "-fno-trapping-math",
 ]
+
+NVCC_FLAGS = ["-O3", "-std=c++20"]
 
 # csrc/cpu/kernels/*.cpp is compiled once per entry, with ATTN_KD_ISA naming the namespace. The
 # order is the link order: an inline function that several variants instantiate is kept from the
@@ -126,18 +130,35 @@ def sources(*patterns: str) -> list[str]:
     return sorted(path.as_posix() for path in paths)
 
 
-def can_build_cuda(torch: ModuleType) -> bool:
-    """Whether torch is a CUDA build and a toolkit of the same major version is at hand."""
+def nvcc_release() -> tuple[int, int] | None:
+    """Return major and minor version of the CUDA toolkit that torch would build with, if any."""
     from torch.utils.cpp_extension import CUDA_HOME
 
-    if torch.version.cuda is None or CUDA_HOME is None:
-        return False
-    nvcc = Path(CUDA_HOME, "bin", "nvcc")
-    if not nvcc.exists():
-        return False
+    nvcc = Path(CUDA_HOME, "bin", "nvcc") if CUDA_HOME is not None else None
+    if nvcc is None or not nvcc.exists():
+        return None
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    release = re.search(r"release (\d+)\.", version)
-    return release is not None and release[1] == torch.version.cuda.split(".")[0]
+    release = re.search(r"release (\d+)\.(\d+)", version)
+    return None if release is None else (int(release[1]), int(release[2]))
+
+
+def can_build_cuda(torch: ModuleType) -> bool:
+    """Whether torch is a CUDA build and a toolkit of the same major version is at hand."""
+    if torch.version.cuda is None or os.environ.get("ATTN_KD_BUILD_CUDA") == "never":
+        return False
+    release = nvcc_release()
+    return release is not None and str(release[0]) == torch.version.cuda.split(".")[0]
+
+
+def gpu_code_flags() -> list[str]:
+    """Return for which GPUs nvcc makes code, instead of for those of the building machine.
+
+    Code for 8.0 runs on 8.x; its PTX is translated for GPUs that have no code of their own.
+    """
+    code = {"80": "[sm_80,compute_80]", "90a": "sm_90a"}
+    if (nvcc_release() or (0, 0)) >= (12, 8):
+        code["100"] = "sm_100"
+    return [f"-gencode=arch=compute_{arch},code={made}" for arch, made in code.items()]
 
 
 def define_extension(torch: ModuleType | None) -> Extension:
@@ -167,7 +188,7 @@ def define_extension(torch: ModuleType | None) -> Extension:
         include_dirs=[str(ROOT / "csrc"), str(ROOT)],
         extra_compile_args={
             "cxx": [*CXX_FLAGS, "-g0", *openmp, *features, built_for],
-            "nvcc": ["-O3", "-std=c++20", "--expt-relaxed-constexpr", *features],
+            "nvcc": [*NVCC_FLAGS, *gpu_code_flags(), *features] if with_cuda else [],
         },
         depends=rest,
     )

@@ -16,9 +16,19 @@
 
 namespace attn_kd::cuda {
 
-// What dS needs to know of a query row; zeros for one that sees no key or does not exist.
+// The numbers that dS needs to know of a query row.
+enum RowNumber { kOrigin, kInverseSum, kTeacherOrigin, kSlope, kOffset, kRowNumbers };
+
+// A tile of queries, or of keys where that is all.
+template <class S>
+struct QueryStage : KeyStage<S> {
+  Tile<S> output;
+  float numbers[kRowNumbers][S::kColumns];
+};
+
+// These numbers; zeros for one that sees no key or does not exist.
 struct RowConstants {
-  float numbers[kColumnNumbers] = {};
+  float numbers[kRowNumbers] = {};
 };
 
 // The per-row values that make the constants.
@@ -61,7 +71,7 @@ struct Products {
   MapPart<kPartColumns> gradient;     // dO.v, then dS
 
   __device__ __forceinline__ void differentiate(int n, int i, const Problem& p, float bias,
-                                                const float (&c)[kColumnNumbers]) {
+                                                const float (&c)[kRowNumbers]) {
     const float s = fmaf(map[n][i], p.scale, bias) - c[kOrigin];
     const float a = device::exp2_approx(s) * c[kInverseSum];
     float grad = gradient[n][i] + c[kOffset];
@@ -89,7 +99,7 @@ struct OwnRows {
     value.load(Rows<T>(of_value, rows.b, rows.h), rows.first, place, visible);
   }
 
-  __device__ __forceinline__ void multiply(Products<kTeacher>& products, const Stage<S>& stage,
+  __device__ __forceinline__ void multiply(Products<kTeacher>& products, const KeyStage<S>& stage,
                                            int first_column, const Place& place) const {
     multiply_transposed(products.map, main, stage.main, first_column, place);
     if constexpr (kTeacher)
@@ -100,10 +110,10 @@ struct OwnRows {
 
 // Adds up the sums of the warps that share rows; those of the first have them all afterwards.
 template <class S>
-__device__ __forceinline__ void add_column_warps(typename S::Sums& sums, Stage<S> (&stages)[2],
+__device__ __forceinline__ void add_column_warps(typename S::Sums& sums, QueryStage<S> (&stages)[2],
                                                  const Place& place) {
   const unsigned column_warp = place.warp / S::kRowWarps;
-  Handover<S> theirs(stages, place);
+  Handover<S, S::kHeadDim / 2> theirs(stages, place);
   device::barrier();  // what they held is read no more
   if (column_warp > 0) {
     theirs.of(column_warp);
@@ -140,66 +150,61 @@ template <class S, bool kTeacher>
 class QueryStream {
  public:
   __device__ QueryStream(const BackwardProblem& p, const BlockRows<S>& rows, const Place& place)
-      : p_(p),
-        place_(place),
-        first_row_(rows.head * p.problem.query_length),
-        query_(p.problem.query, rows.b, rows.h),
-        teacher_query_(p.problem.teacher_query, rows.b, rows.h),
-        output_(p.output, rows.b, rows.h),
-        // Without a gradient of the output nothing is read, but there is an address.
-        grad_output_(p.grad_output.data ? p.grad_output : p.problem.query, rows.b, rows.h) {}
+      : p_(p), b_(rows.b), h_(rows.h), place_(place) {}
 
   // Begins to bring a tile, of the rows from `first` on.
-  __device__ void begin(Stage<S>& stage, int first) {
+  __device__ void begin(QueryStage<S>& stage, int first) {
     const int row = first + place_.thread / S::kChunks;
     exists_ = row < p_.problem.query_length;
-    const bool has_grad = exists_ && p_.grad_output.data;
-    copy_chunk(stage.main, query_, row, exists_, place_);
-    if constexpr (kTeacher) copy_chunk(stage.teacher, teacher_query_, row, exists_, place_);
-    copy_chunk(stage.value, grad_output_, row, has_grad, place_);
+    copy_chunk(stage.main, p_.problem.query, b_, h_, row, exists_, place_);
+    if constexpr (kTeacher)
+      copy_chunk(stage.teacher, p_.problem.teacher_query, b_, h_, row, exists_, place_);
+    const bool has_grad = p_.grad_output.data;
+    // Without it nothing is read, but there is an address.
+    const Input& grad_output = has_grad ? p_.grad_output : p_.problem.query;
+    copy_chunk(stage.value, grad_output, b_, h_, row, exists_ && has_grad, place_);
+    const Input& output = has_grad ? p_.output : p_.problem.query;
+    copy_chunk(stage.output, output, b_, h_, row, exists_ && has_grad, place_);
     inputs_ = {};
-    own_output_ = {};
-    if (exists_ && place_.thread % S::kChunks == 0) inputs_.read(p_, first_row_ + row);
-    if (has_grad)
-      own_output_ = device::read_global(
-          reinterpret_cast<const uint4*>(output_.row(row) + 8 * (place_.thread % S::kChunks)));
+    const int head = device::opaque(b_) * p_.problem.heads + device::opaque(h_);
+    if (exists_ && place_.thread % S::kChunks == 0)
+      inputs_.read(p_, head * p_.problem.query_length + row);
   }
 
   // Waits for this thread's part, and makes the constants of its row of it.
-  __device__ bool finish(Stage<S>& stage) {
+  __device__ bool finish(QueryStage<S>& stage) {
     device::wait_for_copies();
     const unsigned column = place_.thread / S::kChunks, chunk = place_.thread % S::kChunks;
-    const uint4 grad = device::read_shared(
-        reinterpret_cast<const uint4*>(&stage.value.chunks[Tile<S>::index(column, chunk)]));
-    using T = typename S::Element;
-    float delta = dot<T>(grad.x, own_output_.x) + dot<T>(grad.y, own_output_.y) +
-                  dot<T>(grad.z, own_output_.z) + dot<T>(grad.w, own_output_.w);
+    const unsigned at = Tile<S>::index(column, chunk);
+    const Chunk output = device::read_shared(&stage.output.chunks[at]);
+    const Chunk grad = device::read_shared(&stage.value.chunks[at]);
+    float delta = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) delta += dot<typename S::Element>(grad.words[i], output.words[i]);
 #pragma unroll
     for (int lanes = 1; lanes < S::kChunks; lanes *= 2) delta += device::shuffle_xor(delta, lanes);
     const RowConstants c = inputs_.constants(delta);
     if (chunk == 0)
 #pragma unroll
-      for (int i = 0; i < kColumnNumbers; ++i)
+      for (int i = 0; i < kRowNumbers; ++i)
         device::write_shared(&stage.numbers[i][column], c.numbers[i]);
     return exists_;
   }
 
  private:
   const BackwardProblem& p_;
+  const int b_, h_;
   const Place& place_;
-  const int first_row_;
-  const Rows<typename S::Element> query_, teacher_query_, output_, grad_output_;
   RowInputs<kTeacher> inputs_;
-  uint4 own_output_ = {};
   bool exists_ = false;
 };
 
 // The constants of two columns.
 template <class S>
-__device__ __forceinline__ void read_constants(float (&constants)[2][kColumnNumbers],
-                                               const Stage<S>& stage, int column) {
+__device__ __forceinline__ void read_constants(float (&constants)[2][kRowNumbers],
+                                               const QueryStage<S>& stage, int column) {
 #pragma unroll
-  for (int i = 0; i < kColumnNumbers; ++i) {
+  for (int i = 0; i < kRowNumbers; ++i) {
     const float2 both =
         device::read_shared(reinterpret_cast<const float2*>(&stage.numbers[i][column]));
     constants[0][i] = both.x;
@@ -210,7 +215,7 @@ __device__ __forceinline__ void read_constants(float (&constants)[2][kColumnNumb
 // dK and dV of a block's keys.
 template <class S, bool kTeacher>
 __device__ __forceinline__ void differentiate_keys(const BackwardProblem& p, int block,
-                                                   Stage<S> (&stages)[2]) {
+                                                   QueryStage<S> (&stages)[2]) {
   const Problem& problem = p.problem;
   const Place place;
   const BlockRows<S> rows(problem, block, problem.key_length, place);
@@ -223,13 +228,13 @@ __device__ __forceinline__ void differentiate_keys(const BackwardProblem& p, int
     OwnRows<S, kTeacher> own;
     own.load(problem.key, problem.teacher_key, problem.value, rows, place, visible);
     QueryStream<S, kTeacher> queries(p, rows, place);
-    sweep(queries, stages, problem.query_length, [&](const Stage<S>& stage) {
+    sweep<S>(queries, stages, problem.query_length, [&](const QueryStage<S>& stage) {
       for_each_part<S>(place, [&](int first) {
         Products<kTeacher> products;
         own.multiply(products, stage, first, place);
 #pragma unroll
         for (int n = 0; n < kPartColumns / 8; ++n) {
-          float c[2][kColumnNumbers];  // of the two columns of this lane
+          float c[2][kRowNumbers];  // of the two columns of this lane
           read_constants(c, stage, first + 8 * n + 2 * place.pair);
 #pragma unroll
           for (int i = 0; i < 4; ++i) products.differentiate(n, i, problem, bias[i / 2], c[i % 2]);
@@ -254,7 +259,7 @@ __device__ __forceinline__ void differentiate_keys(const BackwardProblem& p, int
 // dQ of a block's queries.
 template <class S, bool kTeacher>
 __device__ __forceinline__ void differentiate_queries(const BackwardProblem& p, int block,
-                                                      Stage<S> (&stages)[2]) {
+                                                      QueryStage<S> (&stages)[2]) {
   using T = typename S::Element;
   const Problem& problem = p.problem;
   const Place place;
@@ -281,14 +286,14 @@ __device__ __forceinline__ void differentiate_queries(const BackwardProblem& p, 
   }
   typename S::Sums grad_query = {};
   KeyStream<S, kTeacher> keys(problem, rows.b, rows.h, place);
-  sweep(keys, stages, problem.key_length, [&](const Stage<S>& stage) {
+  sweep<S>(keys, stages, problem.key_length, [&](const KeyStage<S>& stage) {
     for_each_part<S>(place, [&](int first) {
       Products<kTeacher> products;
       own.multiply(products, stage, first, place);
 #pragma unroll
       for (int n = 0; n < kPartColumns / 8; ++n) {
         const float2 bias = device::read_shared(
-            reinterpret_cast<const float2*>(&stage.numbers[kBias][first + 8 * n + 2 * place.pair]));
+            reinterpret_cast<const float2*>(&stage.bias[first + 8 * n + 2 * place.pair]));
 #pragma unroll
         for (int i = 0; i < 4; ++i)
           products.differentiate(n, i, problem, i % 2 ? bias.y : bias.x, c[i / 2].numbers);
@@ -308,7 +313,7 @@ template <class S, bool kTeacher>
 __global__ void __launch_bounds__(kThreads, S::kHeadDim == 32 ? 2 : 1)
     attention_kl_backward(const __grid_constant__ BackwardProblem p,
                           const __grid_constant__ int key_blocks) {
-  auto& stages = device::shared_storage<Stage<S>[2]>();
+  auto& stages = device::shared_storage<QueryStage<S>[2]>();
   const int block = device::block_index();
   if (block < key_blocks)
     differentiate_keys<S, kTeacher>(p, block, stages);

@@ -24,6 +24,8 @@ struct RowSums {
   float teacher_max;    // or what t is measured from for good
   float teacher_sum = 0;
 
+  static constexpr int kNumbers = kTeacher == Teacher::none ? 2 : 5;  // in use, at most
+
   // Calls visit(x) for those that are in use.
   template <class Visitor>
   __device__ __forceinline__ void for_each(Visitor&& visit) {
@@ -133,9 +135,9 @@ __device__ __forceinline__ void add_logits(MapPart<S::kWarpColumns>& logits,
 // Adds up the sums of the warps that share rows; those of the first have them all afterwards.
 template <class S, Teacher kTeacher>
 __device__ __forceinline__ void add_column_warps(RunningSums<S, kTeacher>& sums,
-                                                 Stage<S> (&stages)[2], const Place& place) {
+                                                 KeyStage<S> (&stages)[2], const Place& place) {
   const unsigned column_warp = place.warp / S::kRowWarps;
-  Handover<S> theirs(stages, place);
+  Handover<S, 2 * RowSums<kTeacher>::kNumbers + S::kHeadDim / 2> theirs(stages, place);
   device::barrier();  // the stages are read no more
   if (column_warp > 0) {
     theirs.of(column_warp);
@@ -249,12 +251,12 @@ __global__ void __launch_bounds__(kThreads, 2)
           kLog2e * device::read_global(p.given_teacher_lse + rows.head * length + row + 8 * r);
   }
 
-  auto& stages = device::shared_storage<Stage<S>[2]>();
+  auto& stages = device::shared_storage<KeyStage<S>[2]>();
   KeyStream<S, kHasTeacher> keys(problem, rows.b, rows.h, place);
   const int first_column = place.warp / S::kRowWarps * S::kWarpColumns;
-  const bool sees_key = sweep(keys, stages, problem.key_length, [&](const Stage<S>& stage) {
+  const bool sees_key = sweep<S>(keys, stages, problem.key_length, [&](const KeyStage<S>& stage) {
     MapPart<S::kWarpColumns> logits, teacher_logits;
-    const float* bias = stage.numbers[kBias] + first_column;
+    const float* bias = stage.bias + first_column;
     multiply_transposed(logits, query, stage.main, first_column, place);
     scale_and_mask(logits, problem.scale, bias, place);
     if constexpr (kHasTeacher) {

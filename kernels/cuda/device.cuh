@@ -26,6 +26,14 @@ __device__ __forceinline__ unsigned thread_index() {
   return index;
 }
 
+// The same number, but the compiler does not know: what follows from it inside of a loop is
+// computed there and not kept in registers.
+__device__ __forceinline__ int opaque(int x) {
+  int same;
+  asm volatile("mov.u32 %0, %1;" : "=r"(same) : "r"(x));
+  return same;
+}
+
 __device__ __forceinline__ unsigned block_index() { return blockIdx.x; }
 
 // The block's shared memory as one S.

@@ -19,15 +19,14 @@ inline constexpr float kHidden = -1e6f;
 class KeyBias {
  public:
   __device__ KeyBias(const Problem& p, int b, int h)
-      : mask_(p.mask),
-        begin_(b * p.mask.batch_stride + h * p.mask.head_stride),
-        keys_(p.key_length) {}
+      : mask_(p.mask), b_(b), h_(h), keys_(p.key_length) {}
 
   // kMasked for a hidden key and past the last one.
   __device__ float operator()(int key) const {
     if (key >= keys_) return kMasked;
     if (!mask_.data) return 0;
-    const int64_t at = begin_ + key * mask_.key_stride;
+    const int64_t at = device::opaque(b_) * mask_.batch_stride +
+                       device::opaque(h_) * mask_.head_stride + key * mask_.key_stride;
     float bias;
     switch (mask_.dtype) {
       case DType::boolean:
@@ -48,28 +47,26 @@ class KeyBias {
   }
 
   const KeyMask& mask_;
-  const int64_t begin_;
-  const int keys_;
+  const int b_, h_, keys_;
 };
 
-// The numbers that columns have beside their three operands: keys the bias alone, queries all
-// others.
-enum ColumnNumber { kOrigin, kInverseSum, kTeacherOrigin, kSlope, kOffset, kColumnNumbers };
-inline constexpr ColumnNumber kBias = kOrigin;
-
+// A tile of keys.
 template <class S>
-struct Stage {
-  Tile<S> main, teacher, value;  // K, Kt, V of keys; Q, Qt, dO of queries
-  float numbers[kColumnNumbers][S::kColumns];
+struct KeyStage {
+  Tile<S> main, teacher, value;  // K, Kt, V; of queries Q, Qt, dO
+  float bias[S::kColumns];
 };
 
 // How warps that share their rows hand numbers to the first of them: through the stages, once these
 // are no longer in use.
-template <class S>
+template <class S, int kNumbers>
 class Handover {
  public:
-  __device__ Handover(Stage<S> (&stages)[2], const Place& place)
-      : numbers_(reinterpret_cast<float*>(stages)), place_(place) {}
+  template <class Stage>
+  __device__ Handover(Stage (&stages)[2], const Place& place)
+      : numbers_(reinterpret_cast<float*>(stages)), place_(place) {
+    static_assert(kNumbers * kStep * sizeof(float) <= sizeof(stages));
+  }
 
   // Begins with the numbers of a column of warps other than the first.
   __device__ __forceinline__ void of(unsigned column_warp) {
@@ -81,9 +78,11 @@ class Handover {
  private:
   __device__ __forceinline__ unsigned next() {
     const unsigned at = at_;
-    at_ += (kWarps - S::kRowWarps) * kLanes;
+    at_ += kStep;
     return at;
   }
+
+  static constexpr int kStep = (kWarps - S::kRowWarps) * kLanes;
 
   float* numbers_;
   const Place& place_;
@@ -91,10 +90,11 @@ class Handover {
 };
 
 // Begins to copy a row's chunk of an operand to its place in a tile, or zeros where !visible. The
-// address is computed anew for every tile: kept, those of all operands would take registers.
+// address is computed anew for every tile: kept, those of all operands would take many registers.
 template <class S>
-__device__ __forceinline__ void copy_chunk(Tile<S>& tile, const Rows<typename S::Element>& rows,
-                                           int row, bool visible, const Place& place) {
+__device__ __forceinline__ void copy_chunk(Tile<S>& tile, const Input& x, int b, int h, int row,
+                                           bool visible, const Place& place) {
+  const Rows<typename S::Element> rows(x, device::opaque(b), device::opaque(h));
   const unsigned chunk = place.thread % S::kChunks;
   device::copy_async(&tile.chunks[Tile<S>::index(place.thread / S::kChunks, chunk)],
                      rows.row(row) + 8 * chunk, visible);
@@ -106,43 +106,39 @@ template <class S, bool kTeacher>
 class KeyStream {
  public:
   __device__ KeyStream(const Problem& p, int b, int h, const Place& place)
-      : place_(place),
-        bias_of_(p, b, h),
-        key_(p.key, b, h),
-        teacher_key_(p.teacher_key, b, h),
-        value_(p.value, b, h),
-        bias_(bias_of_(place.thread / S::kChunks)) {}
+      : p_(p), b_(b), h_(h), place_(place), bias_(KeyBias(p, b, h)(place.thread / S::kChunks)) {}
 
   // Begins to bring a tile, of the keys from `first` on. Tiles are asked for in order.
-  __device__ void begin(Stage<S>& stage, int first) {
+  __device__ void begin(KeyStage<S>& stage, int first) {
     const int column = place_.thread / S::kChunks, key = first + column;
     visible_ = bias_ != kMasked;
-    copy_chunk(stage.main, key_, key, visible_, place_);
-    if constexpr (kTeacher) copy_chunk(stage.teacher, teacher_key_, key, visible_, place_);
-    copy_chunk(stage.value, value_, key, visible_, place_);
-    if (place_.thread % S::kChunks == 0) device::write_shared(&stage.numbers[kBias][column], bias_);
+    copy_chunk(stage.main, p_.key, b_, h_, key, visible_, place_);
+    if constexpr (kTeacher)
+      copy_chunk(stage.teacher, p_.teacher_key, b_, h_, key, visible_, place_);
+    copy_chunk(stage.value, p_.value, b_, h_, key, visible_, place_);
+    if (place_.thread % S::kChunks == 0) device::write_shared(&stage.bias[column], bias_);
     // Read a tile ahead: it decides what is copied.
-    bias_ = bias_of_(key + S::kColumns);
+    bias_ = KeyBias(p_, b_, h_)(key + S::kColumns);
   }
 
   // Waits for this thread's part; returns whether its key is visible.
-  __device__ bool finish(Stage<S>&) {
+  __device__ bool finish(KeyStage<S>&) {
     device::wait_for_copies();
     return visible_;
   }
 
  private:
+  const Problem& p_;
+  const int b_, h_;
   const Place& place_;
-  const KeyBias bias_of_;
-  const Rows<typename S::Element> key_, teacher_key_, value_;
   float bias_;
   bool visible_ = false;
 };
 
 // Runs body(stage) on the tiles of `columns` columns that have a visible one; returns whether there
 // was any. All that the stages held before is lost.
-template <class S, class Stream, class Body>
-__device__ __forceinline__ bool sweep(Stream& stream, Stage<S> (&stages)[2], int columns,
+template <class S, class Stream, class Stage, class Body>
+__device__ __forceinline__ bool sweep(Stream& stream, Stage (&stages)[2], int columns,
                                       Body&& body) {
   bool any = false;
   int at = 0;

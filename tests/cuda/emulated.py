@@ -6,6 +6,7 @@ The structures are those of kernels/cuda/attention_kl.h.
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
@@ -13,10 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import cpp_extension
 
 from tests.ops.cases import Cotangents, Inputs, Results
 
 ROOT = Path(__file__).parents[2]
+EMULATION = ROOT / "tests" / "cuda" / "emulation"
 SOURCES = ("forward", "backward")  # kernels/cuda/attention_kl_*.cu
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.bool: 3}
 
@@ -62,22 +65,42 @@ class BackwardProblem(Structure):
 
 
 def compile_library(folder: Path) -> ctypes.CDLL:
-    """Compile the kernels' sources and the emulation into one shared library, and load it."""
-    emulation = ROOT / "tests" / "cuda" / "emulation"
+    """Compile the kernels' sources with the emulation into one shared library, and load it."""
     kernels = [ROOT / "kernels" / "cuda" / f"attention_kl_{name}.cu" for name in SOURCES]
-    library = folder / "emulated.so"
-    command = ["c++", "-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    command += [
-        "-U_FORTIFY_SOURCE",
-        "-fPIC",
-        "-shared",
-        "-DATTN_KD_CUDA_EMULATION",
-        f"-I{emulation}",
-    ]
-    command += [f"-I{ROOT / 'kernels' / 'cuda'}", "-x", "c++"]
-    command += [str(path) for path in (*kernels, *sorted(emulation.glob("*.cpp")))]
-    subprocess.run([*command, "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library))
+    flags = ["-O1", "-Werror", "-U_FORTIFY_SOURCE", "-DATTN_KD_CUDA_EMULATION", "-x", "c++"]
+    library = folder / "libemulated.so"
+    _compile(library, [*flags, *kernels, *sorted(EMULATION.glob("*.cpp"))])
+    # Global, because the operators call it.
+    return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+
+
+def compile_operators(library: ctypes.CDLL) -> None:
+    """Compile the host code of csrc/cuda against the emulation; load torch.ops.attn_kd_emulated."""
+    emulated = Path(library._name)
+    torch_libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
+    torch_libraries += ["-ltorch", "-ltorch_cpu", "-lc10"]
+    operators = emulated.with_name("operators.so")
+    arguments = [*torch_headers(), EMULATION / "operators.cc", emulated, *torch_libraries]
+    _compile(operators, arguments)
+    torch.ops.load_library(operators)
+
+
+def compile_command() -> list[str]:
+    """The C++ compiler with the flags that all files share."""
+    flags = ["-std=c++20", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-fPIC"]
+    includes = [f"-I{path}" for path in (ROOT, EMULATION, ROOT / "kernels" / "cuda")]
+    return [os.environ.get("CXX", "c++"), *flags, *includes]
+
+
+def torch_headers() -> list[str]:
+    """Flags that find them."""
+    return [f"-isystem{path}" for path in cpp_extension.include_paths()]
+
+
+def _compile(result: Path, arguments: list[str | Path]) -> None:
+    command = [*compile_command(), "-shared", *map(str, arguments), "-o", str(result)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 class EmulatedGPU:

@@ -36,6 +36,7 @@ struct Float16 {
 };
 
 inline unsigned thread_index() { return Machine::the().thread(); }
+inline int opaque(int x) { return x; }
 inline unsigned block_index() { return Machine::the().block(); }
 
 template <class S>

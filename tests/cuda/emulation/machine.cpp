@@ -227,25 +227,29 @@ void Machine::add_buffer(const void* data, int64_t bytes, bool writable) {
   buffers_.push_back({begin, begin + bytes, writable, std::vector<bool>(writable ? bytes : 0)});
 }
 
-Machine::Buffer& Machine::buffer_of(const void* pointer, size_t bytes) {
+// nullptr where anything goes.
+Machine::Buffer* Machine::buffer_of(const void* pointer, size_t bytes) {
   check_alignment(pointer, bytes);
+  if (buffers_.empty()) return nullptr;
   const auto* begin = static_cast<const char*>(pointer);
   for (Buffer& buffer : buffers_)
-    if (begin >= buffer.begin && begin + bytes <= buffer.end) return buffer;
+    if (begin >= buffer.begin && begin + bytes <= buffer.end) return &buffer;
   fail("an access outside of the registered buffers");
 }
 
 void Machine::read_global(const void* from, size_t bytes) {
-  if (buffer_of(from, bytes).writable) fail("a read of a buffer for results");
+  const Buffer* buffer = buffer_of(from, bytes);
+  if (buffer && buffer->writable) fail("a read of a buffer for results");
 }
 
 void Machine::write_global(const void* to, size_t bytes) {
-  Buffer& buffer = buffer_of(to, bytes);
-  if (!buffer.writable) fail("a write to a read-only buffer");
-  const ptrdiff_t at = static_cast<const char*>(to) - buffer.begin;
+  Buffer* buffer = buffer_of(to, bytes);
+  if (!buffer) return;
+  if (!buffer->writable) fail("a write to a read-only buffer");
+  const ptrdiff_t at = static_cast<const char*>(to) - buffer->begin;
   for (size_t i = 0; i < bytes; ++i) {
-    if (buffer.written[at + i]) fail("a second write to a result");
-    buffer.written[at + i] = true;
+    if (buffer->written[at + i]) fail("a second write to a result");
+    buffer->written[at + i] = true;
   }
 }
 

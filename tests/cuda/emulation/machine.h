@@ -37,7 +37,8 @@ class Machine {
   // Runs `kernel` by all threads of all blocks.
   void run(int blocks, int threads, const std::function<void()>& kernel);
 
-  // Registers memory that kernels may read or, once, write.
+  // Registers memory that kernels may read or, once, write. As long as there is none, anything
+  // goes.
   void add_buffer(const void* data, int64_t bytes, bool writable);
   void forget_buffers() { buffers_.clear(); }
 
@@ -107,7 +108,7 @@ class Machine {
   void check_alignment(const void* pointer, size_t bytes) const;
   Word* words(const void* pointer, size_t bytes);
   void mark_written(Word& word);
-  Buffer& buffer_of(const void* pointer, size_t bytes);
+  Buffer* buffer_of(const void* pointer, size_t bytes);
 
   const std::function<void()>* kernel_ = nullptr;
   std::vector<Fiber> fibers_;

@@ -1,0 +1,33 @@
+"""The emulated GPU: the kernels' sources, compiled with the emulation once per session."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+
+import pytest
+import torch
+
+from tests.cuda.emulated import EmulatedGPU, compile_library, compile_operators
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The C functions of kernels/cuda and of the emulation."""
+    if shutil.which("c++") is None:
+        pytest.skip("no C++ compiler to compile the emulation with")
+    return compile_library(tmp_path_factory.mktemp("emulation"))
+
+
+@pytest.fixture(params=[0, 1000], ids=["64rows", "32rows"])
+def gpu(library: ctypes.CDLL, request: pytest.FixtureRequest) -> EmulatedGPU:
+    """One where kernels choose large blocks, one where they choose small ones."""
+    return EmulatedGPU(library, request.param)
+
+
+@pytest.fixture(scope="session")
+def operators(library: ctypes.CDLL) -> torch._ops._OpNamespace:
+    """The host code of csrc/cuda on CPU tensors: forward and backward."""
+    compile_operators(library)
+    library.emulation_reset(1)
+    return torch.ops.attn_kd_emulated
