@@ -183,7 +183,6 @@ def _cuda_refusal(call: Call) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
 def _machine_refusal(name: str, device_type: str, index: int | None) -> str | None:
     """Why a GPU backend cannot serve any tensor on that device, whatever else it is."""
     reason = _triton_missing() if name == "triton" else _cuda_kernels_missing()
@@ -195,6 +194,11 @@ def _machine_refusal(name: str, device_type: str, index: int | None) -> str | No
         return None
     where = f"the tensors are on {device_type}"
     return where if torch.cuda.is_available() else _gpu_missing()
+
+
+# What torch.compiler.assume_constant_result does, but for importing the compiler: torch.compile
+# shall not trace this, but ask it once.
+_machine_refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def interprets_triton() -> bool:
