@@ -9,6 +9,9 @@ namespace {
 
 using at::Tensor;
 
+// Beyond it a float logit of size 1 is infinite, in base 2 too.
+constexpr double kMaxScale = 1e38;
+
 DType mask_dtype(const Tensor& mask) {
   switch (mask.scalar_type()) {
     case at::kBool: return DType::boolean;
@@ -28,8 +31,8 @@ void check_device(const char* name, const Tensor& x, const Tensor& like) {
 
 float resolve_scale(const char* name, std::optional<double> scale, int64_t head_dim) {
   const double resolved = scale.value_or(1 / std::sqrt(static_cast<double>(head_dim)));
-  TORCH_CHECK_VALUE(std::isfinite(resolved), "attn_kd: ", name, " is ", resolved,
-                    ", expected a finite number");
+  TORCH_CHECK_VALUE(std::abs(resolved) <= kMaxScale, "attn_kd: ", name, " is ", resolved,
+                    ", expected a number of at most ", kMaxScale);
   return static_cast<float>(resolved);
 }
 

@@ -256,11 +256,35 @@ __device__ __forceinline__ void differentiate_keys(const BackwardProblem& p, int
                 value_factor, place);
 }
 
+// The constants of a lane's two queries, given their dO.
+template <class S, bool kTeacher>
+__device__ __forceinline__ void compute_constants(RowConstants (&constants)[2],
+                                                  const BackwardProblem& p,
+                                                  const RowFragments<S>& grad_output,
+                                                  const BlockRows<S>& rows, const Place& place,
+                                                  const bool (&exists)[2]) {
+  using T = typename S::Element;
+  RowFragments<S> output;
+  output.load(Rows<T>(p.output, rows.b, rows.h), rows.first, place, exists);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float delta = 0;
+#pragma unroll
+    for (int k = 0; k < S::kHeadDim / 16; ++k)
+#pragma unroll
+      for (int half = r; half < 4; half += 2)
+        delta += dot<T>(grad_output.words[k][half], output.words[k][half]);
+    RowInputs<kTeacher> inputs;
+    const int row = rows.first + place.row + 8 * r;
+    if (exists[r]) inputs.read(p, rows.head * p.problem.query_length + row);
+    constants[r] = inputs.constants(sum_of_row(delta));
+  }
+}
+
 // dQ of a block's queries.
 template <class S, bool kTeacher>
 __device__ __forceinline__ void differentiate_queries(const BackwardProblem& p, int block,
                                                       QueryStage<S> (&stages)[2]) {
-  using T = typename S::Element;
   const Problem& problem = p.problem;
   const Place place;
   const BlockRows<S> rows(problem, block, problem.query_length, place);
@@ -269,21 +293,7 @@ __device__ __forceinline__ void differentiate_queries(const BackwardProblem& p, 
   OwnRows<S, kTeacher> own;
   own.load(problem.query, problem.teacher_query, p.grad_output, rows, place, exists);
   RowConstants c[2];
-  {
-    RowFragments<S> output;
-    output.load(Rows<T>(p.output, rows.b, rows.h), rows.first, place, exists);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float delta = 0;
-#pragma unroll
-      for (int k = 0; k < S::kHeadDim / 16; ++k)
-        delta += dot<T>(own.value.words[k][r], output.words[k][r]) +
-                 dot<T>(own.value.words[k][r + 2], output.words[k][r + 2]);
-      RowInputs<kTeacher> inputs;
-      if (exists[r]) inputs.read(p, rows.head * problem.query_length + row + 8 * r);
-      c[r] = inputs.constants(sum_of_row(delta));
-    }
-  }
+  compute_constants<S, kTeacher>(c, p, own.value, rows, place, exists);
   typename S::Sums grad_query = {};
   KeyStream<S, kTeacher> keys(problem, rows.b, rows.h, place);
   sweep<S>(keys, stages, problem.key_length, [&](const KeyStage<S>& stage) {

@@ -5,10 +5,6 @@
 namespace attn_kd::cuda {
 namespace {
 
-// The teacher's own sums leave too few registers for the logits of 32 columns a warp.
-template <class S>
-using FewColumns = Shape<typename S::Element, S::kHeadDim, S::kHeadDim == 32 ? 2 : S::kRowWarps>;
-
 template <class S, Teacher kTeacher>
 int launch_forward(const ForwardProblem& p, void* stream) {
   return device::launch(attention_kl_forward<S, kTeacher>,
@@ -25,7 +21,7 @@ extern "C" int attn_kd_cuda_forward(const attn_kd::cuda::ForwardProblem* problem
   return with_shape(p.problem, p.problem.query_length, [&]<class S>(S) {
     if (!p.problem.teacher_query.data) return launch_forward<S, Teacher::none>(p, stream);
     if (p.given_teacher_lse) return launch_forward<S, Teacher::known_lse>(p, stream);
-    return launch_forward<FewColumns<S>, Teacher::unknown_lse>(p, stream);
+    return launch_forward<S, Teacher::unknown_lse>(p, stream);
   });
 }
 

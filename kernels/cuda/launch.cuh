@@ -1,8 +1,6 @@
 // The choice of a block's shape, and how many blocks there are.
 #pragma once
 
-#include <algorithm>
-
 #include "stream.cuh"
 
 namespace attn_kd::cuda {
