@@ -120,7 +120,15 @@ def make_variant(
     teacher_dim = 0 if teacher is None else teacher.shape[3]
     head_dim = operands.query.shape[3]
     itemsize = max(t.element_size() for t in (operands.query, teacher) if t is not None)
-    tile = tiling(kernel, max(head_dim, value_dim, teacher_dim), itemsize, architecture())
+    batch, heads, rows, _ = operands.query.shape
+    tile = tiling(
+        kernel,
+        max(head_dim, value_dim, teacher_dim),
+        itemsize,
+        architecture(),
+        batch * heads,
+        operands.key.shape[2] if kernel == "backward_keys" else rows,
+    )
     mask = operands.attn_mask
     variant = Variant(
         block_q=tile.block_q,
@@ -135,6 +143,7 @@ def make_variant(
         mask_per_key=mask is not None and mask_strides(mask)[2] == 0,
         dropout=problem.dropout_p > 0.0 and value_dim > 0 if dropout is None else dropout,
         precision=products_precision() if itemsize == 4 else "ieee",
+        rescale_above=tile.rescale_above,
         interpreted=is_interpreted(),
     )
     return variant, tile

@@ -1,7 +1,8 @@
-"""Which tiles a kernel works on, by width, dtype and architecture: a table, no tuning at run time.
+"""Which tiles a kernel works on, by width, dtype, architecture and how much work there is.
 
-Nothing here was run on a GPU: the entries follow from registers and shared memory, which the tests
-read from the compiled kernels.
+A table, no tuning at run time. Nothing here was run on a GPU: the entries follow from registers and
+shared memory, which the tests read from the compiled kernels, and from what tiles read through the
+L2 cache.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ class Tiling(NamedTuple):
     block_k: int
     num_warps: int
     num_stages: int
+    # The forward pass rescales its sums where the highest logit of a row grows by more than this,
+    # in powers of 2; 0: whenever it grows (kernels/triton/forward.py).
+    rescale_above: int = 0
 
 
 # Where Triton interprets: several tiles at the sizes of tests.
@@ -31,6 +35,12 @@ KERNELS = (
     "two_pass_backward_keys",
     "two_pass_backward_rows",
 )
+
+# Multiprocessors of an A100, an H100 and a B200; of others as of an A100.
+_MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
+
+# What the programs of a kernel share out between them.
+_SHARED_OUT = {"forward": "block_q", "backward_rows": "block_q", "backward_keys": "block_k"}
 
 # By kernel and class of width, for operands of 16 bits.
 _HALF = {
@@ -97,7 +107,9 @@ _FLOAT = {
 }
 
 
-def tiling(kernel: str, widest: int, itemsize: int, architecture: int) -> Tiling:
+def tiling(
+    kernel: str, widest: int, itemsize: int, architecture: int, heads: int, length: int
+) -> Tiling:
     """Return the tiling of a kernel.
 
     Args:
@@ -105,8 +117,25 @@ def tiling(kernel: str, widest: int, itemsize: int, architecture: int) -> Tiling
         widest: of D, Dv and Dt.
         itemsize: bytes of an element of the widest dtype among the operands.
         architecture: 80, 90, 100 and so on; 0 for Triton's interpreter.
+        heads: B * H.
+        length: of what the programs of a head share out: Lq, or Lk for the gradients of keys.
     """
     if architecture == 0:
         return INTERPRETED
     width = next(width for width in WIDTHS if widest <= width)
-    return (_HALF if itemsize == 2 else _FLOAT)[kernel, width]
+    chosen = (_HALF if itemsize == 2 else _FLOAT)[kernel, width]
+    return _with_more_programs(chosen, kernel, architecture, heads, length)
+
+
+def _with_more_programs(
+    chosen: Tiling, kernel: str, architecture: int, heads: int, length: int
+) -> Tiling:
+    """Blocks of half the size, by half the warps, where large ones leave multiprocessors idle."""
+    axis = _SHARED_OUT.get(kernel)
+    if axis is None:
+        return chosen
+    block = getattr(chosen, axis)
+    programs = heads * -(-length // block)
+    if block < 128 or programs >= 2 * _MULTIPROCESSORS.get(architecture, 108):
+        return chosen
+    return chosen._replace(**{axis: block // 2}, num_warps=chosen.num_warps // 2)

@@ -4,9 +4,14 @@ One pass over the keys. With the teacher's LSE given, `reverse_kl` costs one exp
 plain attention does; else the teacher's running maximum and sum cost a second one. Without a value
 there is no output, without a teacher no divergence: neither then costs anything.
 
-Sums are rescaled whenever the maximum grows. Skipping that while it grows little, as
-FlashAttention-4 does, would save one multiplication for every output element against block_k
-exponentials, and leave row_state's origin something else than the highest logit.
+Probabilities are measured from a row's origin, at first the highest logit that it has seen. Where
+that grows, the origin follows and what has been summed up is rescaled: in every tile, or, if
+`Variant.rescale_above` is not 0, in those alone where it grows by more than 2^rescale_above in one
+of the block's rows, as in FlashAttention-4. Then p may exceed 1 by as much, and the origin lie as
+far below the highest logit; row_state has the origin that was used, and nothing else depends on it.
+The tuned tilings rescale always. Neither way has been timed on a GPU, but the branch costs 17 to 38
+registers a thread in the compiled kernels, and where these were 124 half of the resident warps,
+against value_block / block_k multiplications a pair.
 """
 
 from typing import Any, NamedTuple
@@ -67,8 +72,8 @@ class Rows(NamedTuple):
 class Sums(NamedTuple):
     """The running sums of query rows, base 2, [block_q] each."""
 
-    max: Any  # highest logit seen
-    sum: Any  # of p = 2^(s - max)
+    origin: Any  # highest logit seen, or less by rescale_above at most
+    sum: Any  # of p = 2^(s - origin)
     weighted: Any  # of the divergence's terms
     teacher_max: Any  # the same for the teacher; 0 where its logits are measured from a given LSE
     teacher_sum: Any
@@ -88,7 +93,7 @@ def no_sums(V: tl.constexpr):
 
 
 @triton.jit
-def add_terms(sums, p, s, highest, shrink, teacher, V: tl.constexpr):
+def add_terms(sums, p, s, origin, shrink, teacher, V: tl.constexpr):
     """The weighted sum, and the teacher's maximum and sum, with a tile's terms.
 
     p and s [block_q, block_k] are the student's, `teacher` its teacher's masked logits.
@@ -101,7 +106,7 @@ def add_terms(sums, p, s, highest, shrink, teacher, V: tl.constexpr):
         teacher_shrink = tl.exp2(sums.teacher_max - teacher_max)
         teacher = teacher - origin_of(teacher_max)[:, None]
     # Earlier terms were measured from earlier origins.
-    shift = (sums.max - highest) - (sums.teacher_max - teacher_max)
+    shift = (sums.origin - origin) - (sums.teacher_max - teacher_max)
     weighted = moved_sum(sums.weighted, sums.sum, teacher_sum, shift, V)
     if V.teacher_probability or not V.teacher_lse_given:
         b = tl.exp2(teacher)
@@ -120,9 +125,19 @@ def add_tile(
     key = load_rows(keys.key, first_key, valid, V.head_dim, V.block_k, V.head_block, WHOLE)
     logits = pair_logits(rows.query, key, scales.student, V, False)
     logits = masked_logits(logits, visible, bias, V, WHOLE)
-    highest = tl.maximum(sums.max, tl.max(logits, 1))
-    shrink = tl.exp2(sums.max - highest)
-    s = logits - origin_of(highest)[:, None]
+    origin = tl.maximum(sums.origin, tl.max(logits, 1))
+    output = sums.output
+    if V.rescale_above > 0:
+        # One answer for all rows of the block.
+        moves = tl.max(origin - sums.origin, 0) > V.rescale_above
+        origin = tl.where(moves, origin, sums.origin)
+        shrink = tl.exp2(sums.origin - origin)
+        if V.value_dim > 0 and moves:
+            output = output * shrink[:, None]
+    else:
+        shrink = tl.exp2(sums.origin - origin)
+        output = output * shrink[:, None]
+    s = logits - origin_of(origin)[:, None]
     p = tl.exp2(s)
 
     weighted, teacher_max, teacher_sum = sums.weighted, sums.teacher_max, sums.teacher_sum
@@ -131,19 +146,18 @@ def add_tile(
             rows.teacher_query, keys.teacher_key, first_key, valid, scales.teacher, V, WHOLE
         )
         t = masked_logits(t - rows.teacher_start[:, None], visible, bias, V, WHOLE)
-        weighted, teacher_max, teacher_sum = add_terms(sums, p, s, highest, shrink, t, V)
-    output = sums.output
+        weighted, teacher_max, teacher_sum = add_terms(sums, p, s, origin, shrink, t, V)
     if V.value_dim > 0:
         value = load_values(keys.value, first_key, valid, visible, V, WHOLE)
         kept = p
         if V.dropout:
             kept = tl.where(kept_pairs(noise, rows.head, rows.first, first_key, V), p, 0.0)
-        output = add_product(output * shrink[:, None], kept.to(value.dtype), value, V)
+        output = add_product(output, kept.to(value.dtype), value, V)
     seen = sums.seen
     if V.masked:
         seen = tl.maximum(seen, tl.max(visible.to(tl.int32), 1))
     sum = sums.sum * shrink + tl.sum(p, 1)
-    return Sums(highest, sum, weighted, teacher_max, teacher_sum, seen, output)
+    return Sums(origin, sum, weighted, teacher_max, teacher_sum, seen, output)
 
 
 @triton.jit
@@ -178,13 +192,13 @@ def store_row_results(results, sums, rows, at, valid, sizes, V: tl.constexpr):
     sum = sums.sum.to(tl.float64)
     log_sum = tl.log2(sum)
     inverse_sum = tl.where(seen, 1.0 / sum, 0.0).to(tl.float32)
-    lse = tl.where(seen, LN2 * (sums.max.to(tl.float64) + log_sum), -float("inf"))
+    lse = tl.where(seen, LN2 * (sums.origin.to(tl.float64) + log_sum), -float("inf"))
     correction = tl.zeros([V.block_q], tl.float64)
     if V.teacher_dim > 0:
         correction = store_divergence(results, sums, seen, log_sum, rows, at, valid, V)
     tl.store(results.lse + at, lse.to(tl.float32), mask=valid)
     plane = tl.cast(sizes.batch_heads, tl.int64) * sizes.query_length
-    tl.store(results.state + at, origin_of(sums.max), mask=valid)
+    tl.store(results.state + at, origin_of(sums.origin), mask=valid)
     tl.store(results.state + plane + at, inverse_sum, mask=valid)
     tl.store(results.state + 2 * plane + at, correction.to(tl.float32), mask=valid)
     return inverse_sum

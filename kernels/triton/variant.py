@@ -31,6 +31,7 @@ class Variant:
     mask_per_key: bool = False  # the mask has no query dimension
     dropout: bool = False
     precision: str = "ieee"  # of products of float32: "ieee" or "tf32"
+    rescale_above: int = 0  # see configurations.py
     interpreted: bool = False
 
     def __post_init__(self) -> None:
