@@ -1,5 +1,6 @@
 // The operator for Python, past the parsing of its schema, which takes longer than a small
-// attention does. Whatever is not plain, and whatever the operator refuses, is left to the caller.
+// attention does. Arguments that are not plain, and those that the operator refuses, are left to
+// the caller.
 #include "call.h"
 
 #include <ATen/ATen.h>
@@ -18,6 +19,13 @@ using at::Tensor;
 
 // Thrown for arguments that only the schema's parser would understand.
 struct NotPlain {};
+
+// Whether this is how the operator refuses arguments, and not, say, a lack of memory.
+bool is_refusal(const c10::Error& error) {
+  return dynamic_cast<const c10::ValueError*>(&error) ||
+         dynamic_cast<const c10::TypeError*>(&error) ||
+         dynamic_cast<const c10::NotImplementedError*>(&error);
+}
 
 OptionalTensor tensor_or_none(PyObject* object) {
   if (object == Py_None) return std::nullopt;
@@ -91,9 +99,8 @@ PyObject* attention_kl(PyObject*, PyObject* const* args, Py_ssize_t count) {
     PyTuple_SET_ITEM(python.ptr(), 1, THPVariable_Wrap(std::move(std::get<1>(results))));
     PyTuple_SET_ITEM(python.ptr(), 2, THPVariable_Wrap(std::move(std::get<2>(results))));
     return python.release().ptr();
-  } catch (const c10::Error&) {
-    // Not what Python raises on the way, such as a checkpoint that needs no more of a
-    // recomputation.
+  } catch (const c10::Error& error) {
+    if (!is_refusal(error)) throw;
   } catch (const NotPlain&) {
     PyErr_Clear();
   }

@@ -132,3 +132,12 @@ def test_tensors_of_two_devices_in_inference_mode():
 def test_the_short_way_counts_its_arguments():
     with pytest.raises(TypeError, match="takes 13 arguments, got 1"):
         extension.module.attention_kl(torch.zeros(1))
+
+
+def test_a_lack_of_memory_is_no_refusal():
+    """What is not about the arguments is raised at once, and not tried again the long way."""
+    huge = torch.ones(1, 1, 1, 8).expand(2**20, 1, 2**30, 8)
+    key = torch.ones(1, 1, 1, 8).expand(2**20, 1, 1, 8)
+    arguments = (huge, key, key, None, None, None, None, None, 1.0, None, "reverse_kl", "none", 0.0)
+    with pytest.raises(RuntimeError, match="memory"):
+        extension.module.attention_kl(*arguments)
