@@ -15,6 +15,7 @@ from attn_kd.ops.arguments import Operands, Options
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DIVERGENCES = tuple(reference.DIVERGENCES)
 HEAD_REDUCTIONS = ("none", "mean")
+MAX_SCALE = 1e38  # beyond it a float32 logit of size 1 is infinite
 
 
 def check_operands(operands: Operands, options: Options, *, with_value: bool = True) -> None:
@@ -71,8 +72,8 @@ def checked_scale(name: str, scale: float | None) -> float | None:
         factor = float(scale)
     except (TypeError, ValueError, OverflowError):
         factor = math.nan
-    if not math.isfinite(factor):
-        raise InputError(f"{name}={scale!r} is not a finite number")
+    if not abs(factor) <= MAX_SCALE:
+        raise InputError(f"{name}={scale!r} is not a number from {-MAX_SCALE:g} to {MAX_SCALE:g}")
     return factor
 
 

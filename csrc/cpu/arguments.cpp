@@ -16,6 +16,8 @@ using at::Tensor;
 
 // Of the widths D, Dv and Dt: the scratch memory of a thread grows with them.
 constexpr int64_t kMaxHeadDim = 256;
+// Of a factor on the logits: beyond it a float logit of size 1 is infinite.
+constexpr double kMaxScale = 1e38;
 
 std::atomic<bool> scratch_is_poisoned{false};
 
@@ -38,8 +40,8 @@ bool parse_head_reduction(std::string_view name) {
 
 double resolve_scale(const char* name, std::optional<double> scale, int64_t head_dim) {
   if (!scale.has_value()) return 1 / std::sqrt(static_cast<double>(head_dim));
-  TORCH_CHECK_VALUE(std::isfinite(*scale), "attn_kd: ", name, " is ", *scale,
-                    ", expected a finite number");
+  TORCH_CHECK_VALUE(std::abs(*scale) <= kMaxScale, "attn_kd: ", name, " is ", *scale,
+                    ", expected a number from ", -kMaxScale, " to ", kMaxScale);
   return *scale;
 }
 

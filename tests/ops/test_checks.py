@@ -126,6 +126,7 @@ def test_empty_everywhere(empty):
         ({"backend": "cudnn"}, "backend='cudnn' is unknown; expected one of .*reference"),
         ({"scale": float("nan")}, "scale=nan"),
         ({"scale": float("inf")}, "scale=inf"),
+        ({"scale": 1e300}, r"scale=1e\+300"),
         ({"teacher_scale": float("nan")}, "teacher_scale=nan"),
         ({"dropout_p": -0.1}, "dropout_p=-0.1"),
         ({"dropout_p": 1.0}, "dropout_p=1.0"),
