@@ -22,19 +22,36 @@ inline int64_t ceil_div(int64_t n, int64_t divisor) { return (n + divisor - 1) /
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
 
-// The scratch memory of one thread, carved into cache-line aligned tiles and freed as a whole.
-// Without memory it hands out null pointers and only counts, which is how the size is found.
+inline constexpr std::align_val_t kScratchAlign{64};  // a cache line
+
+// Memory that a thread keeps for its next small problem, whose arithmetic takes little longer than
+// to allocate and free so much.
+inline constexpr size_t kKeptBytes = size_t{128} << 10;
+inline void* kept_memory() {
+  struct Kept {
+    void* data = ::operator new(kKeptBytes, kScratchAlign);
+    ~Kept() { ::operator delete(data, kScratchAlign); }
+  };
+  static thread_local const Kept kept;
+  return kept.data;
+}
+
+// The scratch memory of one thread, carved into cache-line aligned tiles and freed as a whole; a
+// thread has one at a time. Without memory it hands out null pointers and only counts, which is how
+// the size is found.
 template <class T>
 class Scratch {
  public:
   Scratch() = default;
-  Scratch(int64_t elements, bool poison)
-      : data_(static_cast<T*>(::operator new(static_cast<size_t>(elements) * sizeof(T), kAlign))) {
+  Scratch(int64_t elements, bool poison) {
+    const size_t bytes = static_cast<size_t>(elements) * sizeof(T);
+    if (bytes > kKeptBytes) allocated_ = ::operator new(bytes, kScratchAlign);
+    data_ = static_cast<T*>(allocated_ ? allocated_ : kept_memory());
     // All ones are a NaN in every type that is kept here.
-    if (poison) std::memset(data_, 0xff, static_cast<size_t>(elements) * sizeof(T));
+    if (poison) std::memset(data_, 0xff, bytes);
   }
   ~Scratch() {
-    if (data_) ::operator delete(data_, kAlign);
+    if (allocated_) ::operator delete(allocated_, kScratchAlign);
   }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
@@ -49,11 +66,11 @@ class Scratch {
   int64_t taken() const { return taken_; }
 
  private:
-  static constexpr int64_t kCacheLine = 64;
+  static constexpr int64_t kCacheLine = static_cast<int64_t>(kScratchAlign);
   // Between tiles, whose sizes tend to be multiples of a page: a load whose address agrees in its
   // last 12 bits with that of a store on its way to the cache waits for it.
   static constexpr int64_t kStagger = 9 * kCacheLine;
-  static constexpr std::align_val_t kAlign{kCacheLine};
+  void* allocated_ = nullptr;  // if the thread keeps no memory as large
   T* data_ = nullptr;
   int64_t taken_ = 0;
 };
