@@ -19,22 +19,30 @@ namespace {
 using at::Tensor;
 
 // Allocation past the dispatcher, which would be a good part of a small call's time.
-Tensor empty(at::IntArrayRef shape, const Tensor& like, at::ScalarType dtype) {
-  return at::cpu::empty(shape, like.options().dtype(dtype));
-}
+Tensor empty(at::IntArrayRef shape, at::ScalarType dtype) { return at::cpu::empty(shape, dtype); }
 
 // [B, H, L, width], but [B, L, H, width] in memory: what follows attention merges the heads, which
 // is then free.
 Tensor empty_heads_after_length(int64_t batch, int64_t heads, int64_t length, int64_t width,
-                                const Tensor& like) {
-  return at::cpu::empty_strided({batch, heads, length, width},
-                                {length * heads * width, width, heads * width, 1}, like.options());
+                                at::ScalarType dtype) {
+  const std::array strides{length * heads * width, width, heads * width, int64_t{1}};
+  return at::cpu::empty_strided({batch, heads, length, width}, strides, dtype);
+}
+
+// How many of the tasks are worth waking a thread, which takes some microseconds: about ten
+// microseconds of a forward pass. A row alone costs as much as a few do together.
+int64_t grain_size(const Problem& p, int64_t tasks) {
+  constexpr int64_t kWorthAThread = int64_t{1} << 19;  // multiplications
+  const int64_t work = p.batch * p.heads * std::max<int64_t>(p.query_length, 8) * p.key_length *
+                       (p.head_dim + p.value_dim + p.teacher_dim);
+  return std::max<int64_t>(1, kWorthAThread * tasks / work);
 }
 
 template <class Kernel, class AnyProblem>
 void run(Kernel kernel, const AnyProblem& problem, int64_t tasks) {
   if (tasks == 1) return kernel(problem, 0, 1);
-  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { kernel(problem, begin, end); });
+  at::parallel_for(0, tasks, grain_size(problem, tasks),
+                   [&](int64_t begin, int64_t end) { kernel(problem, begin, end); });
 }
 
 int64_t panels_of(const Problem& p, bool in_double) {
@@ -42,14 +50,37 @@ int64_t panels_of(const Problem& p, bool in_double) {
   return (p.query_length + panel - 1) / panel;
 }
 
-void run_one_pass(ForwardProblem& p, bool in_double) {
-  const int64_t panels = panels_of(p, in_double);
+// With so many tasks of a forward pass there is enough for every thread.
+constexpr int64_t kEnoughTasks = 64;
+
+// Into how many ranges the keys are split where `panels`, of all heads together, are few. A range
+// is long enough to be worth a merge. How many threads there are plays no part, so that it does not
+// change the last digits of the results.
+int64_t choose_forward_splits(const ForwardProblem& p, int64_t panels) {
+  constexpr int64_t kFewestKeys = 256;
+  return std::max<int64_t>(1, std::min(p.key_length / kFewestKeys, kEnoughTasks / panels));
+}
+
+void run_one_pass(ForwardProblem& p, at::ScalarType accumulation) {
+  const bool in_double = accumulation == at::kDouble;
+  const int64_t heads = p.batch * p.heads, panels = panels_of(p, in_double);
+  p.key_splits = choose_forward_splits(p, heads * panels);
   // Four tasks a thread at least, before panels are taken together.
-  p.panels_per_task = std::clamp<int64_t>(p.batch * p.heads * panels / (4 * at::get_num_threads()),
-                                          1, std::min(panels, kMaxPanelsPerTask));
-  const int64_t tasks_per_head = (panels + p.panels_per_task - 1) / p.panels_per_task;
+  p.panels_per_task =
+      std::clamp<int64_t>(heads * panels * p.key_splits / (4 * at::get_num_threads()), 1,
+                          std::min(panels, kMaxPanelsPerTask));
+  Tensor partials;
+  std::array<int32_t, kEnoughTasks> arrivals{};
+  if (p.key_splits > 1) {
+    const int64_t panel = in_double ? kPanel<double> : kPanel<float>;
+    partials =
+        empty({heads * panels, p.key_splits, kRunningSums + p.value_dim, panel}, accumulation);
+    p.partials = partials.mutable_data_ptr();
+    p.arrivals = arrivals.data();
+  }
+  const int64_t blocks = heads * ((panels + p.panels_per_task - 1) / p.panels_per_task);
   const Kernels& kernels = active_kernels();
-  run(in_double ? kernels.forward_f64 : kernels.forward_f32, p, p.batch * p.heads * tasks_per_head);
+  run(in_double ? kernels.forward_f64 : kernels.forward_f32, p, blocks * p.key_splits);
 }
 
 // The per-row results of a forward pass that nobody wants.
@@ -57,8 +88,8 @@ struct UnwantedRows {
   Tensor rows;
 
   // Points kl at them, and with `all` the rows of everything but the teacher's LSE.
-  UnwantedRows(ForwardProblem& p, bool all, const Tensor& like, at::ScalarType accumulation)
-      : rows(empty({all ? 5 : 1, p.batch, p.heads, p.query_length}, like, accumulation)) {
+  UnwantedRows(ForwardProblem& p, bool all, at::ScalarType accumulation)
+      : rows(empty({all ? 5 : 1, p.batch, p.heads, p.query_length}, accumulation)) {
     auto* data = static_cast<char*>(rows.mutable_data_ptr());
     p.kl = data;
     if (!all) return;
@@ -71,7 +102,7 @@ struct UnwantedRows {
 };
 
 // The teacher's LSE alone: as that of the teacher of a student without width.
-void run_teacher_lse(const ForwardProblem& p, const Tensor& like, at::ScalarType accumulation) {
+void run_teacher_lse(const ForwardProblem& p, at::ScalarType accumulation) {
   ForwardProblem teacher = p;
   teacher.divergence = divergence_named("reverse_kl");
   teacher.average_heads = false;
@@ -80,30 +111,30 @@ void run_teacher_lse(const ForwardProblem& p, const Tensor& like, at::ScalarType
   teacher.query = teacher.key = teacher.value = teacher.teacher_query;
   teacher.output.dtype = teacher.query.dtype;
   teacher.dropout = {};
-  const UnwantedRows unwanted(teacher, true, like, accumulation);
-  run_one_pass(teacher, accumulation == at::kDouble);
+  const UnwantedRows unwanted(teacher, true, accumulation);
+  run_one_pass(teacher, accumulation);
 }
 
 // Ordinary attention first, with the teacher's LSE where it is wanted, then the divergence.
-void run_two_passes(ForwardProblem& p, const Tensor& like, at::ScalarType accumulation) {
+void run_two_passes(ForwardProblem& p, at::ScalarType accumulation) {
   const bool in_double = accumulation == at::kDouble;
   const bool wants_lse = p.given_teacher_lse == nullptr, pairs = p.heads == p.teacher_heads;
   Tensor teacher_lse_rest;
   if (wants_lse) {
-    teacher_lse_rest = empty({p.batch, p.teacher_heads, p.query_length}, like, accumulation);
+    teacher_lse_rest = empty({p.batch, p.teacher_heads, p.query_length}, accumulation);
     p.teacher_lse_rest = teacher_lse_rest.mutable_data_ptr();
   }
   ForwardProblem first = p;
   first.average_heads = false;
   if (wants_lse && pairs) {
     first.divergence = divergence_named("reverse_kl");
-    const UnwantedRows unwanted(first, false, like, accumulation);
-    run_one_pass(first, in_double);
+    const UnwantedRows unwanted(first, false, accumulation);
+    run_one_pass(first, accumulation);
   } else {
     first.divergence = {};
     first.teacher_dim = 0;
-    run_one_pass(first, in_double);
-    if (wants_lse) run_teacher_lse(p, like, accumulation);
+    run_one_pass(first, accumulation);
+    if (wants_lse) run_teacher_lse(p, accumulation);
   }
   const int64_t groups = p.batch * (p.average_heads ? 1 : p.heads);
   const Kernels& kernels = active_kernels();
@@ -128,13 +159,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_kl_forward(
 
   const at::ScalarType accumulation = accumulation_type(query);
   const std::array rows{p.batch, p.heads, p.query_length};
-  Tensor out = empty_heads_after_length(p.batch, p.heads, p.query_length, p.value_dim, query);
-  Tensor lse = empty(rows, query, accumulation);
-  Tensor kl = teacher ? empty(in.kl_shape(), query, accumulation) : empty({0}, query, accumulation);
-  Tensor own_teacher_lse =
-      computes_teacher_lse ? empty({p.batch, p.teacher_heads, p.query_length}, query, accumulation)
-                           : empty({0}, query, accumulation);
-  Tensor row_state = empty({3, p.batch, p.heads, p.query_length}, query, accumulation);
+  Tensor out =
+      empty_heads_after_length(p.batch, p.heads, p.query_length, p.value_dim, query.scalar_type());
+  Tensor lse = empty(rows, accumulation);
+  Tensor kl = teacher ? empty(in.kl_shape(), accumulation) : empty({0}, accumulation);
+  Tensor own_teacher_lse = computes_teacher_lse
+                               ? empty({p.batch, p.teacher_heads, p.query_length}, accumulation)
+                               : empty({0}, accumulation);
+  Tensor row_state = empty({3, p.batch, p.heads, p.query_length}, accumulation);
 
   p.given_teacher_lse = in.teacher_lse() ? in.teacher_lse()->const_data_ptr() : nullptr;
   p.output = output(out);
@@ -146,9 +178,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_kl_forward(
   p.inverse_sum = state + lse.nbytes();
   p.correction = state + 2 * lse.nbytes();
   if (p.two_pass())
-    run_two_passes(p, query, accumulation);
+    run_two_passes(p, accumulation);
   else
-    run_one_pass(p, accumulation == at::kDouble);
+    run_one_pass(p, accumulation);
   return {out, kl, lse, own_teacher_lse, row_state};
 }
 
@@ -178,7 +210,7 @@ int64_t choose_key_splits(const Problem& p, int64_t groups) {
 
 // A gradient in the memory layout of what it belongs to, as far as rows stay contiguous.
 Tensor empty_grad(const Tensor& x) {
-  if (x.is_contiguous()) return at::cpu::empty(x.sizes(), x.options());
+  if (x.is_contiguous()) return empty(x.sizes(), x.scalar_type());
   Tensor grad = at::empty_like(x);
   return grad.stride(3) == 1 || grad.size(3) <= 1 ? grad
                                                   : at::empty_like(x, at::MemoryFormat::Contiguous);
@@ -213,10 +245,9 @@ void run_backward(BackwardProblem& p, Tensor& grad_query, at::ScalarType accumul
   const int64_t groups = p.batch * (p.average_heads ? 1 : p.heads);
   p.key_splits = choose_key_splits(p, groups);
   const bool in_place = p.key_splits == 1 && grad_query.scalar_type() == accumulation;
-  const Tensor partial = in_place
-                             ? grad_query
-                             : empty({p.key_splits * p.batch, p.heads, p.query_length, p.head_dim},
-                                     grad_query, accumulation);
+  const Tensor partial =
+      in_place ? grad_query
+               : empty({p.key_splits * p.batch, p.heads, p.query_length, p.head_dim}, accumulation);
   p.grad_query = output(partial);
   const Kernels& kernels = active_kernels();
   const bool in_double = accumulation == at::kDouble;

@@ -43,6 +43,8 @@ inline constexpr int64_t kPanelBytes = 256;
 // Panels that a forward task takes through the keys together, so that a tile of keys, teacher keys
 // and values, once read from the outer caches, serves them all.
 inline constexpr int64_t kMaxPanelsPerTask = 4;
+// Numbers a query row that a forward task gathers beside the row of the output.
+inline constexpr int64_t kRunningSums = 6;
 // Keys whose gradients a backward task accumulates at a time. Keys, teacher keys, values and two
 // gradients of 512 rows of 32 floats are 320 KiB, within one core's L2.
 inline constexpr int64_t kChunkKeys = 512;
@@ -93,6 +95,11 @@ struct Problem {
 // in two passes sum_j a_j dphi/da_j (see kernels/divergence.h).
 struct ForwardProblem : Problem {
   int64_t panels_per_task = 1;  // at most kMaxPanelsPerTask
+  int64_t key_splits = 1;       // tasks per block of panels, each with a part of the keys
+  // Where there are several: what each has gathered, [B * H, panels, key_splits, kRunningSums + Dv,
+  // kPanel] in the accumulation type, and how many of a block are done, 0 at first.
+  void* partials = nullptr;
+  int32_t* arrivals = nullptr;
   const void* given_teacher_lse = nullptr;
   Output output;  // [B, H, Lq, Dv]
   void* kl = nullptr;
@@ -119,7 +126,7 @@ struct BackwardProblem : Problem {
 
 // The kernels of one instruction set. Tasks [begin, end) are independent of each other; `heads` is
 // B * H and `groups` B where heads are averaged, else B * H:
-//   forward          heads * ceil(Lq / (panel * panels_per_task))
+//   forward          heads * ceil(Lq / (panel * panels_per_task)) * key_splits
 //   backward         heads * key_splits
 //   two_pass_forward groups * ceil(Lq / panel), after a forward pass that has written the LSEs,
 //                    origins and inverse sums; writes kl, [B, Lq] where heads are averaged, and the

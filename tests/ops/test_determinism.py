@@ -18,7 +18,13 @@ from tests.ops.cases import (
 
 # one head: the backward pass splits the keys between threads, whose sums must be added in order
 ONE_HEAD = Sizes(B=1, H=1, Lq=130, Lk=600)
-SIZES = {"one head": ONE_HEAD, "several heads": Sizes(Lq=130, Lk=200)}
+# few rows: the forward pass splits the keys too, into ranges whatever the number of threads
+ONE_QUERY = Sizes(B=1, H=2, Lq=1, Lk=1100)
+SIZES = {
+    "one head": ONE_HEAD,
+    "several heads": Sizes(Lq=130, Lk=200),
+    "one query": ONE_QUERY,
+}
 
 every_size = pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
 every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -56,15 +62,13 @@ def test_forward_does_not_depend_on_the_number_of_threads(cpu_backend, sizes, di
 
 
 @every_divergence
-def test_a_row_does_not_depend_on_its_neighbours(cpu_backend, divergence):
-    inputs = random_inputs(ONE_HEAD)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=name_of)
+def test_a_row_does_not_depend_on_its_neighbours(cpu_backend, dtype, divergence):
+    inputs = random_inputs(ONE_HEAD, dtype)
     whole = attn_kd.attention_kl(*inputs, divergence=divergence, backend=cpu_backend)
-    for row in (0, 63, 64, 129):
-        one = inputs._replace(
-            query=inputs.query[:, :, row : row + 1],
-            teacher_query=inputs.teacher_query[:, :, row : row + 1],
+    for first, end in ((0, 1), (63, 64), (64, 65), (129, 130), (62, 65), (10, 18)):
+        some = inputs._replace(
+            query=inputs.query[:, :, first:end], teacher_query=inputs.teacher_query[:, :, first:end]
         )
-        alone = attn_kd.attention_kl(*one, divergence=divergence, backend=cpu_backend)
-        assert_equal(
-            alone._asdict(), {n: t[:, :, row : row + 1] for n, t in whole._asdict().items()}
-        )
+        alone = attn_kd.attention_kl(*some, divergence=divergence, backend=cpu_backend)
+        assert_equal(alone._asdict(), {n: t[:, :, first:end] for n, t in whole._asdict().items()})

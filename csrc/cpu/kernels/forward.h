@@ -5,12 +5,15 @@
 // horizontal operation, keys and values are read in their natural layout as the broadcast operand
 //   S = K Qt,  T = Kt Qtt,  O += Vt P      (Qt, Qtt, O: panels, see tile.h)
 // and nothing of the size of the attention map is ever transposed.
+//
+// Where there are few panels their keys are split between tasks. The last task of a panel to arrive
+// merges what all have gathered, in the order of the keys, so that the result does not depend on
+// which threads ran them, or on how many there were.
 #pragma once
 
-#include "divergence.h"
 #include "dropout.h"
-#include "exp2.h"
 #include "logits.h"
+#include "running_sums.h"
 
 namespace attn_kd::ATTN_KD_ISA {
 
@@ -20,132 +23,13 @@ using cpu::ForwardProblem;
 // floats are 48 KiB.
 inline constexpr int64_t kForwardKeys = 96;
 
-// Keys that are summed up before they are added to the sum of their tile: a third of the rounding
-// of one sum after the other.
-inline constexpr int64_t kSummedKeys = 12;
-
-// The running sums of a panel, base 2, one lane a query row.
-template <class T>
-struct RunningSums {
-  T* max;          // largest logit seen
-  T* sum;          // sum of p = 2^(s - max)
-  T* weighted;     // sum of the divergence's terms
-  T* teacher_max;  // the same for the teacher; 0 where its logits are measured from a given LSE
-  T* teacher_sum;
-  T* seen;  // 1 where the row has seen a key, which only a mask can hide
-
-  explicit RunningSums(Scratch<T>& scratch)
-      : max(scratch.take(kPanel<T>)),
-        sum(scratch.take(kPanel<T>)),
-        weighted(scratch.take(kPanel<T>)),
-        teacher_max(scratch.take(kPanel<T>)),
-        teacher_sum(scratch.take(kPanel<T>)),
-        seen(scratch.take(kPanel<T>)) {}
-
-  void reset(bool teacher_lse_given) {
-    fill(max, kPanel<T>, kMasked<T>);
-    fill(sum, kPanel<T>, T(0));
-    fill(weighted, kPanel<T>, T(0));
-    fill(teacher_max, kPanel<T>, teacher_lse_given ? T(0) : kMasked<T>);
-    fill(teacher_sum, kPanel<T>, T(0));
-    fill(seen, kPanel<T>, T(0));
-  }
-};
-
-// Raises the running maximum of one vector of lanes to cover the tile's column; returns by how much
-// earlier sums shrink.
-template <class T>
-inline vec<T> raise_max(const T* tile, int64_t keys, T* running_max) {
-  constexpr int kChains = 4;  // a single chain of maxima would be limited by its latency
-  const vec<T> before = load(running_max);
-  vec<T> chain[kChains] = {before, before, before, before};
-  int64_t key = 0;
-  for (; key + kChains <= keys; key += kChains, tile += kChains * kPanel<T>)
-#pragma GCC unroll 4
-    for (int i = 0; i < kChains; ++i)
-      chain[i] = max_or_second<T>(load(tile + i * kPanel<T>), chain[i]);
-  for (; key < keys; ++key, tile += kPanel<T>) chain[0] = max_or_second<T>(load(tile), chain[0]);
-  const vec<T> highest =
-      max_or_second<T>(max_or_second<T>(chain[0], chain[1]), max_or_second<T>(chain[2], chain[3]));
-  store<T>(running_max, highest);
-  return exp2<T>(before - highest);
-}
-
-// What to subtract from logits whose maximum is `max`: where nothing was visible yet, 0, which
-// leaves masked logits low enough to vanish.
-template <class T>
-inline vec<T> origin_of(vec<T> max) {
-  return max == kMasked<T> ? vec<T>{} : max;
-}
-
-// Adds a tile's sum to what came before it, which shrinks as the maximum rises. Tiles are summed
-// from zero, so that rounding errors do not grow with the number of keys.
-template <class T>
-inline void add_tile(T* running, vec<T> shrink, vec<T> tile_sum) {
-  store<T>(running, load(running) * shrink + tile_sum);
-}
-
-// Turns the tile's logits into p = 2^(s - max) and adds them to the running sums of one vector of
-// lanes. `logits` and `teacher` point at the lanes' column of the tiles.
-template <class Div, bool kTeacherLse, class T>
-inline void sweep(T* logits, const T* teacher, int64_t keys, const RunningSums<T>& sums,
-                  int64_t lane, T* output, int64_t value_dim) {
-  constexpr bool kTeacherMax = Div::kTeacher && !kTeacherLse;
-  constexpr bool kTeacherSum = Div::kTeacherProbability || kTeacherMax;
-  const vec<T> before = load(sums.max + lane), teacher_before = load(sums.teacher_max + lane);
-  const vec<T> shrink = raise_max(logits, keys, sums.max + lane);
-  const vec<T> highest = load(sums.max + lane), max = origin_of<T>(highest);
-  vec<T> teacher_max{}, teacher_shrink = broadcast(T(1));
-  if constexpr (kTeacherMax) {
-    teacher_shrink = raise_max(teacher, keys, sums.teacher_max + lane);
-    teacher_max = origin_of<T>(load(sums.teacher_max + lane));
-  }
-  if (!all_equal<T>(before, highest))
-    for (int64_t row = 0; row < value_dim; ++row)
-      store<T>(output + row * kPanel<T>, load(output + row * kPanel<T>) * shrink);
-
-  vec<T> sum{}, weighted{}, teacher_sum{};  // of this tile
-  for (int64_t first = 0; first < keys; first += kSummedKeys) {
-    const int64_t end = first + kSummedKeys < keys ? first + kSummedKeys : keys;
-    vec<T> part{}, weighted_part{}, teacher_part{};
-    for (int64_t key = first; key < end; ++key) {
-      T* at = logits + key * kPanel<T>;
-      const vec<T> s = load(at) - max;
-      const vec<T> p = exp2<T>(s);
-      store<T>(at, p);
-      part += p;
-      if constexpr (Div::kTeacher) {
-        vec<T> t = load(teacher + key * kPanel<T>), pt{};
-        if constexpr (kTeacherMax) t -= teacher_max;
-        if constexpr (kTeacherSum) {
-          pt = exp2<T>(t);
-          teacher_part += pt;
-        }
-        weighted_part += Div::term(p, pt, s - t);
-      }
-    }
-    sum += part;
-    weighted += weighted_part;
-    teacher_sum += teacher_part;
-  }
-  if constexpr (Div::kTeacher) {
-    // Earlier terms were measured from earlier origins.
-    const vec<T> shift = (before - highest) - (teacher_before - load(sums.teacher_max + lane));
-    store<T>(sums.weighted + lane, Div::shifted(load(sums.weighted + lane), load(sums.sum + lane),
-                                                load(sums.teacher_sum + lane), shift));
-    add_tile(sums.weighted + lane, Div::kTeacherProbability ? teacher_shrink : shrink, weighted);
-  }
-  add_tile(sums.sum + lane, shrink, sum);
-  if constexpr (kTeacherSum) add_tile(sums.teacher_sum + lane, teacher_shrink, teacher_sum);
-}
-
 // Query rows on their way through the keys, one SIMD lane a row.
 template <class Precision>
 struct QueryPanel {
   using T = typename Precision::Number;
   typename Precision::Element *query, *teacher_query;  // [D, kPanel], [Dt, kPanel], see Precision
   T* teacher_start;  // [kPanel], the negative LSEs of the teacher where they are given, else 0
-  T* output;         // [Dv, kPanel], not yet divided by the sum of probabilities
+  T* memory;         // for its sums, unless the keys are split
   RunningSums<T> sums;
   int64_t first_row = 0, rows = 0;
 
@@ -155,14 +39,14 @@ struct QueryPanel {
 
  private:
   struct Lanes {
-    int64_t count;  // 0 for a panel that the task does not use, which takes its sums alone
+    int64_t count;  // 0 for a panel that the task does not use
   };
   QueryPanel(const ForwardProblem& p, Scratch<T>& scratch, Lanes lanes)
       : query(Precision::take(scratch, lanes.count * Precision::depth(p.head_dim))),
         teacher_query(Precision::take(scratch, lanes.count * Precision::depth(p.teacher_dim))),
         teacher_start(scratch.take(lanes.count)),
-        output(scratch.take(lanes.count * p.value_dim)),
-        sums(scratch) {}
+        memory(scratch.take(
+            p.key_splits > 1 || lanes.count == 0 ? 0 : RunningSums<T>::elements(p.value_dim))) {}
 };
 
 // One thread's forward work; its scratch does not grow with the sequences (but with the number of
@@ -195,23 +79,24 @@ class ForwardWorker {
         bias_(problem.mask, scratch, tile_keys_),
         dropout_(problem.dropout, scratch, tile_keys_) {}
 
-  void rows(int64_t b, int64_t h, int64_t first_row) {
-    fill(zeros_, P, T(0));
-    int64_t panels = 0;
-    for (; panels < p_.panels_per_task && first_row < p_.query_length; ++panels, first_row += P)
-      start(panels_[panels], b, h, first_row);
-    for (int64_t first = 0; first < p_.key_length; first += tile_keys_) {
-      const int64_t keys = min(p_.key_length - first, tile_keys_);
-      key_.read(b, h, first, keys);
-      if constexpr (Div::kTeacher) teacher_key_.read(b, h, teacher_keys(first), teacher_keys(keys));
-      value_.read(b, h, first, keys);
-      for (int64_t i = 0; i < panels; ++i)
-        if (bias_.read(b, h, panels_[i].first_row, panels_[i].rows, first, keys)) {
-          dropout_.draw(b * p_.heads + h, panels_[i].first_row, first, keys, panels_[i].vectors());
-          tile(panels_[i], keys);
-        }
+  // The task of a block of panels and of one of the ranges that the keys are split into.
+  void run(int64_t block, int64_t split) {
+    const int64_t rows = P * p_.panels_per_task;
+    const int64_t blocks = ceil_div(p_.query_length, rows), head = block / blocks;
+    const int64_t b = head / p_.heads, h = head % p_.heads;
+    if (block != block_) start(b, h, block % blocks * rows);
+    block_ = block;
+    for (int64_t i = 0; i < count_; ++i) {
+      panels_[i].sums = gathered(panels_[i], head, split);
+      panels_[i].sums.reset(kTeacherLse, panels_[i].vectors(), p_.value_dim);
     }
-    for (int64_t i = 0; i < panels; ++i) finish(panels_[i], b, h);
+    gather(b, h, p_.key_length * split / p_.key_splits,
+           p_.key_length * (split + 1) / p_.key_splits);
+    if (p_.key_splits > 1 && !is_last_to_arrive(block)) return;
+    for (int64_t i = 0; i < count_; ++i) {
+      if (p_.key_splits > 1) merge_splits(panels_[i], head);
+      finish(panels_[i], b, h);
+    }
   }
 
  private:
@@ -233,6 +118,49 @@ class ForwardWorker {
            first_row;
   }
 
+  void start(int64_t b, int64_t h, int64_t first_row) {
+    fill(zeros_, P, T(0));
+    count_ = 0;
+    for (; count_ < p_.panels_per_task && first_row < p_.query_length; first_row += P)
+      start(panels_[count_++], b, h, first_row);
+  }
+
+  void gather(int64_t b, int64_t h, int64_t begin, int64_t end) {
+    for (int64_t first = begin; first < end; first += tile_keys_) {
+      const int64_t keys = min(end - first, tile_keys_);
+      key_.read(b, h, first, keys);
+      if constexpr (Div::kTeacher) teacher_key_.read(b, h, teacher_keys(first), teacher_keys(keys));
+      value_.read(b, h, first, keys);
+      for (int64_t i = 0; i < count_; ++i)
+        if (bias_.read(b, h, panels_[i].first_row, panels_[i].rows, first, keys)) {
+          dropout_.draw(b * p_.heads + h, panels_[i].first_row, first, keys, panels_[i].vectors());
+          tile(panels_[i], keys);
+        }
+    }
+  }
+
+  // What a panel gathers from one of the ranges.
+  RunningSums<T> gathered(const QueryPanel<Precision>& panel, int64_t head, int64_t split) const {
+    if (p_.key_splits == 1) return RunningSums<T>(panel.memory);
+    const int64_t index = head * ceil_div(p_.query_length, P) + panel.first_row / P;
+    return RunningSums<T>(static_cast<T*>(p_.partials) +
+                          (index * p_.key_splits + split) * RunningSums<T>::elements(p_.value_dim));
+  }
+
+  // Whether all other tasks of the block have gathered their part: it can be read from here on.
+  bool is_last_to_arrive(int64_t block) const {
+    return __atomic_add_fetch(p_.arrivals + block, 1, __ATOMIC_ACQ_REL) == p_.key_splits;
+  }
+
+  void merge_splits(QueryPanel<Precision>& panel, int64_t head) {
+    panel.sums = gathered(panel, head, 0);
+    for (int64_t split = 1; split < p_.key_splits; ++split) {
+      const RunningSums<T> other = gathered(panel, head, split);
+      for (int64_t lane = 0; lane < panel.vectors() * kLanes<T>; lane += kLanes<T>)
+        merge<Div>(panel.sums, other, lane, p_.value_dim);
+    }
+  }
+
   void start(QueryPanel<Precision>& panel, int64_t b, int64_t h, int64_t first_row) {
     const int64_t rows = min(p_.query_length - first_row, P);
     panel.first_row = first_row;
@@ -242,8 +170,6 @@ class ForwardWorker {
     if constexpr (Div::kTeacher)
       Precision::read_panel(p_.teacher_query, b, h, first_row, rows, p_.teacher_dim,
                             p_.teacher_scale, query_rows_, panel.teacher_query);
-    fill(panel.output, P * p_.value_dim, T(0));
-    panel.sums.reset(kTeacherLse);
     fill(panel.teacher_start, P, T(0));
     if constexpr (Div::kTeacher && kTeacherLse) {
       const T* lse = given_teacher_lse(b, h, first_row);
@@ -259,20 +185,20 @@ class ForwardWorker {
     teacher_key_.clear_hidden(bias_, 0, keys, teacher_keys(1));
     value_.clear_hidden(bias_, 0, keys);
     logit_tile<Precision>(keys, 1, vectors, p_.head_dim, key_.rows(0), panel.query, p_.scale,
-                          zeros_, zeros_, bias_, logits_);
+                          zeros_, zeros_, bias_, logits_, panel.rows);
     if constexpr (Div::kTeacher)
       logit_tile<Precision>(keys, teacher_keys(1), vectors, p_.teacher_dim, teacher_key_.rows(0),
                             panel.teacher_query, p_.teacher_scale, panel.teacher_start, zeros_,
-                            bias_, teacher_logits_);
+                            bias_, teacher_logits_, panel.rows);
     for (int64_t lane = 0; lane < vectors * kLanes<T>; lane += kLanes<T>)
       sweep<Div, kTeacherLse>(logits_ + lane, teacher_logits_ + lane, keys, panel.sums, lane,
-                              panel.output + lane, p_.value_dim);
+                              p_.value_dim);
     dropout_.apply(logits_, keys, vectors);
     Precision::as_rows(logits_, keys, vectors, rounded_rows_);
-    gemm<true, Sum::onto, P>(
-        p_.value_dim, vectors, Precision::depth(keys), value_.columns(0),
+    columns_times_panel(
+        p_.value_dim, vectors, panel.rows, Precision::depth(keys), value_.columns(0),
         Precision::as_columns(logits_, keys, vectors, rounded_rows_, rounded_columns_),
-        panel.output);
+        panel.sums.output);
   }
 
   void finish(const QueryPanel<Precision>& panel, int64_t b, int64_t h) {
@@ -292,7 +218,7 @@ class ForwardWorker {
       static_cast<T*>(p_.lse)[at + row] = static_cast<T>(kLn2 * lse);
       if constexpr (Div::kTeacher) finish_divergence(panel, row, at, sees_no_key, log_sum);
     }
-    transpose_from_panel(panel.output, panel.rows, p_.value_dim, factor, rows_, p_.value_dim);
+    transpose_from_panel(sums.output, panel.rows, p_.value_dim, factor, rows_, p_.value_dim);
     store_rows(rows_, p_.value_dim, T(1), p_.output, b, h, panel.first_row, panel.rows,
                p_.value_dim);
   }
@@ -332,6 +258,7 @@ class ForwardWorker {
 
   const ForwardProblem& p_;
   QueryPanel<Precision> panels_[cpu::kMaxPanelsPerTask];
+  int64_t count_ = 0, block_ = -1;  // how many of them are in use, and for which block of rows
   const int64_t tile_keys_;
   T* rows_;
   typename Precision::Element* query_rows_;
@@ -346,13 +273,9 @@ class ForwardWorker {
 template <class Div, bool kTeacherLse, class Precision>
 void forward_tasks(const ForwardProblem& problem, int64_t begin, int64_t end) {
   using T = typename Precision::Number;
-  const int64_t rows = kPanel<T> * problem.panels_per_task;
-  const int64_t tasks_per_head = (problem.query_length + rows - 1) / rows;
   with_worker<ForwardWorker<Div, kTeacherLse, Precision>, T>(problem, [&](auto& worker) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t head = task / tasks_per_head;
-      worker.rows(head / problem.heads, head % problem.heads, task % tasks_per_head * rows);
-    }
+    for (int64_t task = begin; task < end; ++task)
+      worker.run(task / problem.key_splits, task % problem.key_splits);
   });
 }
 

@@ -1,0 +1,176 @@
+// What a panel of query rows gathers while keys stream past: the online softmax with its
+// divergence.
+#pragma once
+
+#include "divergence.h"
+#include "exp2.h"
+#include "tile.h"
+
+namespace attn_kd::ATTN_KD_ISA {
+
+// Keys that are summed up before they are added to the sum of their tile: a third of the rounding
+// of one sum after the other.
+inline constexpr int64_t kSummedKeys = 12;
+
+// The running sums of a panel, base 2, one lane a query row.
+template <class T>
+struct RunningSums {
+  T* max = nullptr;          // largest logit seen
+  T* sum = nullptr;          // sum of p = 2^(s - max)
+  T* weighted = nullptr;     // sum of the divergence's terms
+  T* teacher_max = nullptr;  // as for the student; 0 where its logits are measured from a given LSE
+  T* teacher_sum = nullptr;
+  T* seen = nullptr;    // 1 where the row has seen a key, which only a mask can hide
+  T* output = nullptr;  // [Dv, kPanel], sum of p times the value
+
+  // Elements of the memory it is laid out in.
+  static int64_t elements(int64_t value_dim) { return (cpu::kRunningSums + value_dim) * kPanel<T>; }
+
+  RunningSums() = default;
+  explicit RunningSums(T* memory)
+      : max(memory),
+        sum(max + kPanel<T>),
+        weighted(sum + kPanel<T>),
+        teacher_max(weighted + kPanel<T>),
+        teacher_sum(teacher_max + kPanel<T>),
+        seen(teacher_sum + kPanel<T>),
+        output(seen + kPanel<T>) {
+    static_assert(cpu::kRunningSums == 6);
+  }
+
+  void reset(bool teacher_lse_given, int64_t vectors, int64_t value_dim) {
+    const vec<T> masked = broadcast(kMasked<T>);
+    for (int64_t lane = 0; lane < vectors * kLanes<T>; lane += kLanes<T>) {
+      store<T>(max + lane, masked);
+      store<T>(teacher_max + lane, teacher_lse_given ? vec<T>{} : masked);
+      for (T* of : {sum, weighted, teacher_sum, seen}) store<T>(of + lane, vec<T>{});
+      for (int64_t row = 0; row < value_dim; ++row)
+        store<T>(output + row * kPanel<T> + lane, vec<T>{});
+    }
+  }
+};
+
+// Raises the running maximum of one vector of lanes to cover the tile's column; returns by how much
+// earlier sums shrink.
+template <class T>
+inline vec<T> raise_max(const T* tile, int64_t keys, T* running_max) {
+  constexpr int kChains = 4;  // a single chain of maxima would be limited by its latency
+  const vec<T> before = load(running_max);
+  vec<T> chain[kChains] = {before, before, before, before};
+  int64_t key = 0;
+  for (; key + kChains <= keys; key += kChains, tile += kChains * kPanel<T>)
+#pragma GCC unroll 4
+    for (int i = 0; i < kChains; ++i)
+      chain[i] = max_or_second<T>(load(tile + i * kPanel<T>), chain[i]);
+  for (; key < keys; ++key, tile += kPanel<T>) chain[0] = max_or_second<T>(load(tile), chain[0]);
+  const vec<T> highest =
+      max_or_second<T>(max_or_second<T>(chain[0], chain[1]), max_or_second<T>(chain[2], chain[3]));
+  store<T>(running_max, highest);
+  return exp2<T>(before - highest);
+}
+
+// What to subtract from logits whose maximum is `max`: where nothing was visible yet, 0, which
+// leaves masked logits low enough to vanish.
+template <class T>
+inline vec<T> origin_of(vec<T> max) {
+  return max == kMasked<T> ? vec<T>{} : max;
+}
+
+// Adds a tile's sum to what came before it, which shrinks as the maximum rises. Tiles are summed
+// from zero, so that rounding errors do not grow with the number of keys.
+template <class T>
+inline void add_tile(T* running, vec<T> shrink, vec<T> tile_sum) {
+  store<T>(running, load(running) * shrink + tile_sum);
+}
+
+// Turns the tile's logits into p = 2^(s - max) and adds them to the running sums of one vector of
+// lanes. `logits` and `teacher` point at the lanes' column of the tiles.
+template <class Div, bool kTeacherLse, class T>
+inline void sweep(T* logits, const T* teacher, int64_t keys, const RunningSums<T>& sums,
+                  int64_t lane, int64_t value_dim) {
+  constexpr bool kTeacherMax = Div::kTeacher && !kTeacherLse;
+  constexpr bool kTeacherSum = Div::kTeacherProbability || kTeacherMax;
+  const vec<T> before = load(sums.max + lane), teacher_before = load(sums.teacher_max + lane);
+  const vec<T> shrink = raise_max(logits, keys, sums.max + lane);
+  const vec<T> highest = load(sums.max + lane), max = origin_of<T>(highest);
+  vec<T> teacher_max{}, teacher_shrink = broadcast(T(1));
+  if constexpr (kTeacherMax) {
+    teacher_shrink = raise_max(teacher, keys, sums.teacher_max + lane);
+    teacher_max = origin_of<T>(load(sums.teacher_max + lane));
+  }
+  if (!all_equal<T>(before, highest))
+    for (int64_t row = 0; row < value_dim; ++row) {
+      T* output = sums.output + row * kPanel<T> + lane;
+      store<T>(output, load(output) * shrink);
+    }
+
+  vec<T> sum{}, weighted{}, teacher_sum{};  // of this tile
+  for (int64_t first = 0; first < keys; first += kSummedKeys) {
+    const int64_t end = first + kSummedKeys < keys ? first + kSummedKeys : keys;
+    vec<T> part{}, weighted_part{}, teacher_part{};
+    for (int64_t key = first; key < end; ++key) {
+      T* at = logits + key * kPanel<T>;
+      const vec<T> s = load(at) - max;
+      const vec<T> p = exp2<T>(s);
+      store<T>(at, p);
+      part += p;
+      if constexpr (Div::kTeacher) {
+        vec<T> t = load(teacher + key * kPanel<T>), pt{};
+        if constexpr (kTeacherMax) t -= teacher_max;
+        if constexpr (kTeacherSum) {
+          pt = exp2<T>(t);
+          teacher_part += pt;
+        }
+        weighted_part += Div::term(p, pt, s - t);
+      }
+    }
+    sum += part;
+    weighted += weighted_part;
+    teacher_sum += teacher_part;
+  }
+  if constexpr (Div::kTeacher) {
+    // Earlier terms were measured from earlier origins.
+    const vec<T> shift = (before - highest) - (teacher_before - load(sums.teacher_max + lane));
+    store<T>(sums.weighted + lane, Div::shifted(load(sums.weighted + lane), load(sums.sum + lane),
+                                                load(sums.teacher_sum + lane), shift));
+    add_tile(sums.weighted + lane, Div::kTeacherProbability ? teacher_shrink : shrink, weighted);
+  }
+  add_tile(sums.sum + lane, shrink, sum);
+  if constexpr (kTeacherSum) add_tile(sums.teacher_sum + lane, teacher_shrink, teacher_sum);
+}
+
+// Adds to one vector of lanes of `sums` what the same rows have gathered from other keys.
+template <class Div, class T>
+inline void merge(const RunningSums<T>& sums, const RunningSums<T>& other, int64_t lane,
+                  int64_t value_dim) {
+  const vec<T> max = max_or_second<T>(load(other.max + lane), load(sums.max + lane));
+  const vec<T> teacher_max =
+      max_or_second<T>(load(other.teacher_max + lane), load(sums.teacher_max + lane));
+  struct Rebased {
+    vec<T> shrink, teacher_shrink, weighted;
+  };
+  const auto rebase = [&](const RunningSums<T>& part) {
+    const vec<T> change = load(part.max + lane) - max;
+    const vec<T> teacher_change = load(part.teacher_max + lane) - teacher_max;
+    Rebased rebased{exp2<T>(change), exp2<T>(teacher_change), {}};
+    if constexpr (Div::kTeacher)
+      rebased.weighted = (Div::kTeacherProbability ? rebased.teacher_shrink : rebased.shrink) *
+                         Div::shifted(load(part.weighted + lane), load(part.sum + lane),
+                                      load(part.teacher_sum + lane), change - teacher_change);
+    return rebased;
+  };
+  const Rebased mine = rebase(sums), others = rebase(other);
+  const auto add = [lane](T* to, const T* from, vec<T> shrink, vec<T> shrink_from) {
+    store<T>(to + lane, load(to + lane) * shrink + load(from + lane) * shrink_from);
+  };
+  if constexpr (Div::kTeacher) store<T>(sums.weighted + lane, mine.weighted + others.weighted);
+  add(sums.sum, other.sum, mine.shrink, others.shrink);
+  add(sums.teacher_sum, other.teacher_sum, mine.teacher_shrink, others.teacher_shrink);
+  for (int64_t row = 0; row < value_dim * kPanel<T>; row += kPanel<T>)
+    add(sums.output + row, other.output + row, mine.shrink, others.shrink);
+  store<T>(sums.max + lane, max);
+  store<T>(sums.teacher_max + lane, teacher_max);
+  store<T>(sums.seen + lane, max_or_second<T>(load(other.seen + lane), load(sums.seen + lane)));
+}
+
+}  // namespace attn_kd::ATTN_KD_ISA
