@@ -1,4 +1,4 @@
-"""Forward passes of so few query rows that their keys are split into ranges, of 256 keys or more."""
+"""Forward passes of so few rows that their keys are split, into ranges of 256 keys or more."""
 
 from __future__ import annotations
 
