@@ -100,7 +100,10 @@ def attention_kl(
             by dot-product instructions, so that probabilities and gradients of logits are rounded
             to bfloat16 on their way into a product, and numbers below 1.2e-38 count as 0. Results
             may differ in their last digits between instruction sets, and the gradient of query
-            between numbers of threads.
+            between numbers of threads. On GPUs there is no float64, 16-bit operands go to the
+            tensor cores with probabilities and gradients of logits rounded to their dtype, and
+            products of float32 are exact to float32 unless
+            `torch.backends.cuda.matmul.fp32_precision` (or `allow_tf32`) asks for TF32.
         teacher_query, teacher_key: any of these dtypes; may be wider or narrower than the
             student's, with another head_dim. Autocast leaves them as they are. With G times the
             student's keys, tokens jG to jG + G - 1 together are compared with the student's key j:
@@ -128,7 +131,9 @@ def attention_kl(
         dropout_p: probability with which an entry of the map does not reach the output; what
             remains is divided by 1 - dropout_p. kl and lse are those without dropout. The noise
             is drawn with torch's default generator of the device (`torch.manual_seed`).
-        backend: None for the best one that can run; or a name of `available_backends()`.
+        backend: None for the best one that can run; or a name of `available_backends()`. CUDA
+            tensors are for "triton", whose kernels have been tested in Triton's interpreter and
+            compiled for sm_80, sm_90 and sm_100, but not yet run on a GPU.
 
     Raises:
         InputError: the arguments do not fit together (the message names the offending value).

@@ -65,8 +65,7 @@ class Rows(NamedTuple):
     first: Any
     query: Any  # [block_q, head_block]
     teacher_query: Any  # [block_q, teacher_block]
-    given_lse: Any  # [block_q] float64, base 2, less the group shift
-    teacher_start: Any  # [block_q], its float32: what the teacher's logits are measured from
+    teacher_start: Any  # [block_q], what the teacher's logits are measured from: a given LSE, or 0
 
 
 class Sums(NamedTuple):
@@ -136,7 +135,8 @@ def add_tile(
             output = output * shrink[:, None]
     else:
         shrink = tl.exp2(sums.origin - origin)
-        output = output * shrink[:, None]
+        if V.value_dim > 0:
+            output = output * shrink[:, None]
     s = logits - origin_of(origin)[:, None]
     p = tl.exp2(s)
 
@@ -161,12 +161,20 @@ def add_tile(
 
 
 @triton.jit
-def store_divergence(results, sums, seen, log_sum, rows, at, valid, V: tl.constexpr):
+def load_given_lse(teacher, at, valid, V: tl.constexpr):
+    """The teacher's LSE as its logits are measured from it, [block_q] float64, base 2."""
+    natural = tl.load(teacher.lse + at, mask=valid, other=0.0)
+    return natural.to(tl.float64) * LOG2E - group_shift(V)
+
+
+@triton.jit
+def store_divergence(results, sums, seen, log_sum, teacher, at, valid, V: tl.constexpr):
     """Write kl and the teacher's LSE; return the correction [block_q]."""
     # In float64: the divergence is a small difference of logarithms.
     teacher_sum = sums.teacher_sum.to(tl.float64)
     if V.teacher_lse_given:
-        stored_lse, origin = rows.given_lse, rows.teacher_start.to(tl.float64)
+        stored_lse = load_given_lse(teacher, at, valid, V)
+        origin = stored_lse.to(tl.float32).to(tl.float64)
         teacher_log_sum = stored_lse - origin
     else:
         origin = sums.teacher_max.to(tl.float64)
@@ -186,7 +194,7 @@ def store_divergence(results, sums, seen, log_sum, rows, at, valid, V: tl.conste
 
 
 @triton.jit
-def store_row_results(results, sums, rows, at, valid, sizes, V: tl.constexpr):
+def store_row_results(results, sums, teacher, at, valid, sizes, V: tl.constexpr):
     """Write what is kept of every row; return the inverse sums [block_q]."""
     seen = sums.seen > 0
     sum = sums.sum.to(tl.float64)
@@ -195,7 +203,7 @@ def store_row_results(results, sums, rows, at, valid, sizes, V: tl.constexpr):
     lse = tl.where(seen, LN2 * (sums.origin.to(tl.float64) + log_sum), -float("inf"))
     correction = tl.zeros([V.block_q], tl.float64)
     if V.teacher_dim > 0:
-        correction = store_divergence(results, sums, seen, log_sum, rows, at, valid, V)
+        correction = store_divergence(results, sums, seen, log_sum, teacher, at, valid, V)
     tl.store(results.lse + at, lse.to(tl.float32), mask=valid)
     plane = tl.cast(sizes.batch_heads, tl.int64) * sizes.query_length
     tl.store(results.state + at, origin_of(sums.origin), mask=valid)
@@ -216,7 +224,7 @@ def load_row_block(student, teacher, b, h, head, first_row, at, valid, V: tl.con
         V.head_block,
         WHOLE=False,
     )
-    teacher_query, given_lse = query, tl.zeros([V.block_q], tl.float64)
+    teacher_query, teacher_start = query, tl.zeros([V.block_q], tl.float32)
     if V.teacher_dim > 0:
         teacher_query = load_rows(
             head_of(teacher.query, b, h),
@@ -228,9 +236,8 @@ def load_row_block(student, teacher, b, h, head, first_row, at, valid, V: tl.con
             WHOLE=False,
         )
         if V.teacher_lse_given:
-            natural = tl.load(teacher.lse + at, mask=valid, other=0.0)
-            given_lse = natural.to(tl.float64) * LOG2E - group_shift(V)
-    return Rows(head, first_row, query, teacher_query, given_lse, given_lse.to(tl.float32))
+            teacher_start = load_given_lse(teacher, at, valid, V).to(tl.float32)
+    return Rows(head, first_row, query, teacher_query, teacher_start)
 
 
 @triton.jit(do_not_specialize=["batch_heads", "heads", "query_length", "key_length"])
@@ -267,7 +274,7 @@ def forward_kernel(
     if whole < sizes.key_length:
         sums = add_tile(sums, rows, keys, noise, whole, sizes, scales, V, WHOLE=False)
 
-    factor = store_row_results(results, sums, rows, at, valid, sizes, V)
+    factor = store_row_results(results, sums, teacher, at, valid, sizes, V)
     if V.value_dim > 0:
         if V.dropout:
             factor = factor * noise.keep_factor
