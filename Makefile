@@ -26,7 +26,9 @@ export PATH := $(abspath $(BIN)):$(PATH)
 ENVIRONMENT := $(VENV)/.made
 PACKAGES := $(VENV)/.packages
 EXTENSION := $(VENV)/.extension
-NATIVE := $(shell find csrc kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+C_FILES := -name '*.cpp' -o -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
+NATIVE := $(shell find csrc kernels $(C_FILES))
+FORMATTED := $(NATIVE) $(shell find tests $(C_FILES))
 
 .PHONY: demo test bench gpu lint format clean
 
@@ -47,12 +49,12 @@ lint: $(PACKAGES)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(if $(NATIVE),$(BIN)/clang-format --dry-run -Werror $(NATIVE))
+	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
 
 format: $(PACKAGES)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
-	$(if $(NATIVE),$(BIN)/clang-format -i $(NATIVE))
+	$(BIN)/clang-format -i $(FORMATTED)
 
 clean:
 	rm -rf $(VENV) build dist demo *.egg-info attn_kd/_build.json attn_kd/_C.*.so

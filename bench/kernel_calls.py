@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from attn_kd.kernels.triton import configurations
 from attn_kd.ops import triton_operator
 
-HEADS, TOKENS = 8, 1064  # of every call; what is compiled does not depend on them
+TOKENS = 1064
+# Enough for large blocks, and too few: with so few rows, blocks are halved to busy a whole GPU.
+HEADS, FEW_HEADS = 128, 8
 
 
 @dataclass(frozen=True)
@@ -19,6 +24,7 @@ class KernelCall:
     Attributes:
         tuned: the tilings are meant to be fast, and may not spill.
         everywhere: the tests compile it for every architecture, not for one alone.
+        rescale_above: of the forward pass's tilings, in the place of the tables' own.
     """
 
     head_dim: int = 32
@@ -32,12 +38,18 @@ class KernelCall:
     dropout_p: float = 0.0
     tuned: bool = False
     everywhere: bool = False
+    heads: int = HEADS
+    rescale_above: int | None = None
 
     def run(self) -> None:
         """Launch the kernels of both passes."""
+        with _rescaling(self.rescale_above):
+            self._run()
+
+    def _run(self) -> None:
         query, key, teacher_query, teacher_key = (self._rows(self.head_dim) for _ in range(4))
         value = self._rows(self.head_dim if self.value else 0)
-        lse = torch.empty(1, HEADS, TOKENS, device="meta")
+        lse = torch.empty(1, self.heads, TOKENS, device="meta")
         teacher = (teacher_query, teacher_key) if self.teacher else (None, None)
         given = lse if self.teacher and self.teacher_lse else None
         mask, seed = self._mask(), torch.empty(2, dtype=torch.int64, device="meta")
@@ -56,20 +68,36 @@ class KernelCall:
         )
 
     def _rows(self, width: int) -> Tensor:
-        return torch.empty(1, HEADS, TOKENS, width, dtype=self.dtype, device="meta")
+        return torch.empty(1, self.heads, TOKENS, width, dtype=self.dtype, device="meta")
 
     def _mask(self) -> Tensor | None:
         if self.mask == "keys":
             return torch.empty(1, 1, 1, TOKENS, dtype=torch.bool, device="meta")
         if self.mask == "pairs":
-            return torch.empty(1, HEADS, TOKENS, TOKENS, dtype=self.dtype, device="meta")
+            return torch.empty(1, 1, TOKENS, TOKENS, dtype=self.dtype, device="meta")
         return None
+
+
+@contextmanager
+def _rescaling(rescale_above: int | None) -> Iterator[None]:
+    table = configurations._HALF
+    before = dict(table)
+    if rescale_above is not None:
+        table.update({key: t._replace(rescale_above=rescale_above) for key, t in before.items()})
+    try:
+        yield
+    finally:
+        table.update(before)
 
 
 FLOAT = torch.float32
 CALLS = {
     "head_dim 32": KernelCall(tuned=True, everywhere=True),
     "head_dim 64": KernelCall(64, tuned=True, everywhere=True),
+    "head_dim 32, few rows": KernelCall(tuned=True, heads=FEW_HEADS),
+    "head_dim 64, few rows": KernelCall(64, tuned=True, heads=FEW_HEADS),
+    "rescaled above 2^8": KernelCall(rescale_above=8),
+    "head_dim 64, rescaled above 2^8": KernelCall(64, rescale_above=8),
     "teacher's LSE computed": KernelCall(teacher_lse=False, tuned=True),
     "key padding": KernelCall(mask="keys", tuned=True),
     "mask of pairs, dropout": KernelCall(mask="pairs", dropout_p=0.1),

@@ -10,7 +10,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "kernels" / "cuda").glob("*.cu"))
-FLAGS = ("-O3", "-std=c++20", "--expt-relaxed-constexpr")  # as in setup.py
+# As in setup.py.
+FLAGS = ("-O3", "-std=c++20", "--expt-relaxed-constexpr")
+TARGETS = {80: "80", 90: "90a", 100: "100"}
 
 
 def nvcc() -> str | None:
@@ -26,7 +28,7 @@ def compile_cubin(source: Path, arch: int) -> bytes:
     """
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernels.cubin")
-        target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+        target = f"-gencode=arch=compute_{TARGETS[arch]},code=sm_{TARGETS[arch]}"
         command = [nvcc(), *FLAGS, f"-I{ROOT}", target, "-cubin", "-o", cubin, source]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
