@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attn_kd.errors import InputError
 from attn_kd.ops.arguments import Operands, Options
-from attn_kd.ops.checks import DIVERGENCES, HEAD_REDUCTIONS
+from attn_kd.ops.checks import DIVERGENCES, HEAD_REDUCTIONS, MAX_SCALE
 
 MAX_HEAD_DIM = 256
 
@@ -206,8 +206,8 @@ def _check_seed(seed: Tensor | None, dropout_p: float, query: Tensor) -> None:
 def _resolved_scale(name: str, scale: float | None, query: Tensor) -> float:
     if scale is None:
         return 1.0 / math.sqrt(query.shape[3])
-    if not math.isfinite(scale):
-        raise InputError(f"{name} is {scale}, expected a finite number")
+    if not abs(scale) <= MAX_SCALE:
+        raise InputError(f"{name} is {scale}, expected a number of at most {MAX_SCALE:g}")
     return scale
 
 
