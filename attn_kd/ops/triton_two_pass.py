@@ -96,7 +96,7 @@ def two_pass_forward(
     blocks = _blocks(problem.sizes["key_length"], slopes.tile.block_k)
     kl_parts = kl.new_empty(blocks, *kl.shape)
     unit = _unit(slopes, rows)
-    regions = _regions(problem, unit)
+    regions = regions_of(_whole(problem), unit)
     scratch = _scratch(regions, unit, row_state)
     for region in regions:
         window = region.arguments(scratch)
@@ -127,7 +127,7 @@ def two_pass_backward(
     slopes = _slopes_kernel(problem, teacher_lse, row_state)
     slopes.arguments["teacher_lse_rest"] = None
     unit = _unit(slopes, rows, keys)
-    regions = _regions(problem, unit) if averaged else [_whole(problem)]
+    regions = regions_of(_whole(problem), unit) if averaged else [_whole(problem)]
     scratch = _scratch(regions, unit, row_state) if averaged else None
 
     # What regions add to is kept in float32.
@@ -242,13 +242,13 @@ def _whole(problem: Problem) -> Region:
     return Region(0, batch, 0, sizes["query_length"], 0, sizes["key_length"])
 
 
-def _regions(problem: Problem, unit: int) -> list[Region]:
-    """Regions of at most about REGION_ELEMENTS that begin at multiples of `unit`.
+def regions_of(whole: Region, unit: int) -> list[Region]:
+    """Split maps into regions of at most about REGION_ELEMENTS that begin at multiples of `unit`.
 
-    Whole maps if they fit, else parts as square as their sides allow: there is a program for every
-    block of either side.
+    Several whole maps if they fit, else parts as square as their sides allow: there is a program
+    for every block of either side.
     """
-    _, batch, _, queries, _, keys = _whole(problem)
+    _, batch, _, queries, _, keys = whole
     entries = max(1, min(batch, REGION_ELEMENTS // (queries * keys)))
     key_step = _step(keys, max(math.isqrt(REGION_ELEMENTS), REGION_ELEMENTS // queries), unit)
     query_step = _step(queries, REGION_ELEMENTS // key_step, unit)
