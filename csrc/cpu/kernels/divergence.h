@@ -172,18 +172,22 @@ struct JensenShannon : TwoPass {
 
   template <class T>
   static vec<T> value(vec<T> a, vec<T> b) {
-    return T(0.5) * (a * log_of_mean_share<T>(a, b) + b * log_of_mean_share<T>(b, a));
+    const vec<T> inverse_mean = inverse_of_mean<T>(a, b);
+    return T(0.5) * (a * log_of_share<T>(a, inverse_mean) + b * log_of_share<T>(b, inverse_mean));
   }
   template <class T>
   static vec<T> slope(vec<T> a, vec<T> b) {
-    return T(0.5) * log_of_mean_share<T>(a, b);
+    return T(0.5) * log_of_share<T>(a, inverse_of_mean<T>(a, b));
   }
 
  private:
-  // log(x / ((x + y) / 2))
   template <class T>
-  static vec<T> log_of_mean_share(vec<T> x, vec<T> y) {
-    return log_ratio<T>(x, T(0.5) * (above_zero<T>(x) + above_zero<T>(y)));
+  static vec<T> inverse_of_mean(vec<T> a, vec<T> b) {
+    return T(2) / (above_zero<T>(a) + above_zero<T>(b));
+  }
+  template <class T>
+  static vec<T> log_of_share(vec<T> probability, vec<T> inverse_mean) {
+    return T(kLn2) * log2<T>(above_zero<T>(probability) * inverse_mean);
   }
 };
 
