@@ -76,6 +76,8 @@ struct Problem {
   Input mask;                        // [B, H, Lq, Lk], bool or additive
   bool poison_scratch = false;       // start on scratch memory full of NaN, for tests
 
+  int64_t teacher_keys(int64_t keys) const { return keys * teacher_keys_per_key; }
+
   // Base 2: kernels merge a group's logits into that of their mean, log2(1/G sum_g 2^t_g), and so
   // know the teacher's LSE less log2 G. A student's and a teacher's logits are then of one size,
   // and their difference keeps its digits.

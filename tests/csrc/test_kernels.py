@@ -131,11 +131,12 @@ def test_maximum_that_rises_with_every_tile(divergence, given):
 
 
 @every_divergence
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 @pytest.mark.parametrize("Lq", [1, 33, 65, 129], ids=lambda n: f"{n} queries")
 @pytest.mark.parametrize("Lk", [1, 47, 49, 97], ids=lambda n: f"{n} keys")
-def test_averaged_maps_around_the_tiles(Lk, Lq, divergence):
+def test_averaged_maps_around_the_tiles(Lk, Lq, dtype, divergence):
     sizes = Sizes(B=2, H=3, Lq=Lq, Lk=Lk, Ht=2)
-    check(sizes, divergence=divergence, head_reduction="mean")
+    check(sizes, dtype, divergence=divergence, head_reduction="mean")
 
 
 @every_divergence
@@ -144,10 +145,11 @@ def test_averaged_maps_of_every_dtype(dtype, divergence):
     check(Sizes(Ht=5, Lk=60), dtype, divergence=divergence, head_reduction="mean")
 
 
+@every_arithmetic
 @pytest.mark.parametrize("count", [239, 240, 241, 500])
-def test_averaged_maps_around_the_chunks(count):
+def test_averaged_maps_around_the_chunks(count, dtype):
     # 16 heads, 32 + 32 columns of gradients: 1 MiB is 256 keys, 240 in whole tiles
-    check(Sizes(B=1, H=16, Lq=70, Lk=count, D=32, Dv=32, Dt=4), head_reduction="mean")
+    check(Sizes(B=1, H=16, Lq=70, Lk=count, D=32, Dv=32, Dt=4), dtype, head_reduction="mean")
 
 
 @every_divergence
@@ -184,15 +186,16 @@ MASKS = {
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
-def test_hidden_tiles_of_averaged_maps(mask):
+def test_hidden_tiles_of_averaged_maps(mask, dtype):
     """Of all heads, and of the first and the last head alone."""
     sizes = Sizes(B=1, H=3, Lq=130, Lk=400, D=8, Dv=6, Dt=8)
-    check(sizes, attn_mask=mask, head_reduction="mean")
+    check(sizes, dtype, attn_mask=mask, head_reduction="mean")
     for head in (0, 2):
         of_one = torch.ones(1, 3, 130, 400, dtype=torch.bool)
         of_one[0, head] = mask
-        check(sizes, attn_mask=of_one, head_reduction="mean")
+        check(sizes, dtype, attn_mask=of_one, head_reduction="mean")
 
 
 @every_divergence
@@ -206,12 +209,13 @@ def test_hidden_tiles(mask, kind, divergence):
 
 
 @every_reduction
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 @pytest.mark.parametrize("Lq", [1, 37, 4 * 64 + 1], ids=lambda n: f"{n} queries")
-def test_garbage_in_hidden_keys_changes_nothing(Lq, head_reduction):
+def test_garbage_in_hidden_keys_changes_nothing(Lq, dtype, head_reduction):
     """In every panel of a task, in tiles that are hidden in part and as a whole."""
     sizes = Sizes(B=1, H=8, Lq=Lq, Lk=230)
-    inputs = random_inputs(sizes)
-    cotangents = random_cotangents(sizes, head_reduction=head_reduction)
+    inputs = random_inputs(sizes, dtype)
+    cotangents = random_cotangents(sizes, dtype, head_reduction)
     mask = keys_from_to(sizes.Lk, 3, 90)
     options = {"attn_mask": mask, "head_reduction": head_reduction}
     clean, dirty = (

@@ -56,9 +56,10 @@ def test_head_dims_that_differ(backend, D, Dv, Dt, divergence):
 
 
 @every_divergence
-def test_twice_the_error_of_eager_code_at_the_size_of_an_encoder(backend, divergence):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+def test_twice_the_error_of_eager_code_at_the_size_of_an_encoder(backend, dtype, divergence):
     sizes = Sizes(B=1, H=8, Lq=100, Lk=169, D=32, Dv=32, Dt=32)
-    check(backend, sizes, roundings=0, divergence=divergence)
+    check(backend, sizes, dtype, roundings=0, divergence=divergence)
 
 
 @every_divergence

@@ -75,9 +75,7 @@ class PairOperand {
       if (!bias.hides(i / group)) continue;
       const int64_t row = first_key * group + i;
       for (int64_t j = 0; copy_ && j < ld_; ++j) copy_[row * ld_ + j].bits = 0;
-      const uint32_t other_row = row % 2 ? 0x0000ffffu : 0xffff0000u;
-      for (int64_t j = 0; columns_used_ && j < width_; ++j)
-        columns_[row / 2 * width_ + j].bits &= other_row;
+      if (columns_used_) clear_interleaved_row(columns_, width_, row, width_);
     }
   }
 

@@ -60,6 +60,12 @@ inline void interleave_rows(Rows<BFloat16> src, int64_t rows, int64_t width, Pai
   }
 }
 
+// Zeroes one of the rows that interleave_rows made, which shares its pairs with another.
+inline void clear_interleaved_row(Pair* pairs, int64_t ld, int64_t row, int64_t width) {
+  const uint32_t other_row = row % 2 ? 0x0000ffffu : 0xffff0000u;
+  for (int64_t j = 0; j < width; ++j) pairs[row / 2 * ld + j].bits &= other_row;
+}
+
 // panel[j * kPanel + row] = (src[row, 2j], src[row, 2j + 1]), one row a lane; lanes from `rows` up
 // to the next whole vector become 0.
 inline void transpose_pairs_to_panel(Rows<BFloat16> src, int64_t rows, int64_t width,

@@ -3,9 +3,15 @@
 // turns a tile into one.
 #pragma once
 
+#include "log2.h"
 #include "operand.h"
 
 namespace attn_kd::ATTN_KD_ISA {
+
+template <class T>
+struct InverseSum {
+  vec<T> factor, exponent;
+};
 
 // Operands of the type of the tiles.
 template <class T>
@@ -20,11 +26,11 @@ struct FullPrecision {
   static constexpr Sum kLogits = Sum::plus_row;
 
   // Elements that hold `numbers` along the depth of a product.
-  static int64_t depth(int64_t numbers) { return numbers; }
+  static constexpr int64_t depth(int64_t numbers) { return numbers; }
 
   static T* take(Scratch<T>& scratch, int64_t elements) { return scratch.take(elements); }
-  // Memory for operands that may lie where `numbers` do.
-  static T* take_beside(T* numbers, Scratch<T>&, int64_t) { return numbers; }
+  // Memory for tiles of `rows` rows that are rounded to be operands: none.
+  static T* take_rounded(Scratch<T>&, int64_t) { return nullptr; }
 
   // The rows of x as B[rows, width].
   static void read_rows(const Input& x, int64_t b, int64_t h, int64_t first, int64_t rows,
@@ -39,6 +45,8 @@ struct FullPrecision {
                        panel);
   }
   static T logit_factor(double) { return 1; }
+  // What of a row's inverse sum, 0 where it sees no key, is multiplied and what added to exponents.
+  static InverseSum<T> split(vec<T> inverse_sum) { return {inverse_sum, vec<T>{}}; }
 
   // A tile [keys, kPanel] as B[keys, lanes] and as A[keys, lanes].
   static const T* as_columns(const T* tile, int64_t, int64_t, T*, T*) { return tile; }
@@ -51,6 +59,10 @@ inline bool all_bfloat16(const cpu::Problem& p) {
   return is(p.query) && is(p.key) && is(p.value) && is(p.teacher_query) && is(p.teacher_key);
 }
 
+inline bool gradients_of_bfloat16(const cpu::BackwardProblem& p) {
+  return all_bfloat16(p) && (!p.grad_output || p.grad_output.dtype == DType::bf16);
+}
+
 #if defined(__AVX512BF16__)
 // bfloat16 operands as they are, and tiles rounded to bfloat16; sums and softmax in float.
 struct PairPrecision {
@@ -60,13 +72,13 @@ struct PairPrecision {
   static constexpr bool kFoldFactors = false;
   static constexpr Sum kLogits = Sum::scaled_plus_row;
 
-  static int64_t depth(int64_t numbers) { return ceil_div(numbers, 2); }
+  static constexpr int64_t depth(int64_t numbers) { return ceil_div(numbers, 2); }
 
   static Pair* take(Scratch<float>& scratch, int64_t elements) {
     return take_pairs(scratch, elements);
   }
-  static Pair* take_beside(float*, Scratch<float>& scratch, int64_t elements) {
-    return take_pairs(scratch, elements);
+  static Pair* take_rounded(Scratch<float>& scratch, int64_t rows) {
+    return take_pairs(scratch, depth(rows) * kPanel<float>);  // pairs of rows
   }
 
   static void read_rows(const Input& x, int64_t b, int64_t h, int64_t first, int64_t rows,
@@ -80,9 +92,13 @@ struct PairPrecision {
   }
   // Zeroes one of the rows that read_rows and read_panel have read.
   static void clear_row(int64_t row, int64_t width, Pair* rows, int64_t ld, Pair* panel) {
-    const uint32_t other_row = row % 2 ? 0x0000ffffu : 0xffff0000u;
-    for (int64_t j = 0; j < width; ++j) rows[row / 2 * ld + j].bits &= other_row;
+    clear_interleaved_row(rows, ld, row, width);
     for (int64_t j = 0; j < depth(width); ++j) panel[j * kPanel<float> + row].bits = 0;
+  }
+  static InverseSum<float> split(vec<float> inverse_sum) {
+    const auto sees = inverse_sum != 0.0f;
+    const vec<float> one = broadcast(1.0f);
+    return {sees ? one : vec<float>{}, log2<float>(sees ? inverse_sum : one)};
   }
   static float logit_factor(double scale) { return static_cast<float>(scale * kLog2e); }
 

@@ -18,9 +18,12 @@ using cpu::Output;
 template <class T>
 inline constexpr cpu::DType kDType = sizeof(T) == 8 ? cpu::DType::f64 : cpu::DType::f32;
 
-inline int64_t ceil_div(int64_t n, int64_t divisor) { return (n + divisor - 1) / divisor; }
+constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
-inline int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
+constexpr int64_t ceil_div(int64_t n, int64_t divisor) { return (n + divisor - 1) / divisor; }
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
 
 inline constexpr std::align_val_t kScratchAlign{64};  // a cache line
 
@@ -219,6 +222,17 @@ void transpose_from_panel(const T* panel, int64_t rows, int64_t width, const T* 
       for (int64_t row = 0; row < block_rows; ++row)
         dst[row * ld + column] = factor[row] * panel[column * kPanel<T> + row];
   }
+}
+
+// values[at ...] where there are any, 0 in the lanes beyond `count`.
+template <class T>
+inline vec<T> row_lanes(const void* values, int64_t at, int64_t count) {
+  vec<T> lanes{};
+  if (!values) return lanes;
+  const T* first = static_cast<const T*>(values) + at;
+  if (count >= kLanes<T>) return load_unaligned(first);
+  for (int64_t lane = 0; lane < count; ++lane) lanes[lane] = first[lane];
+  return lanes;
 }
 
 template <class T>

@@ -51,8 +51,10 @@ void correction_sweep(const T* probability, const T* slope, int64_t keys, T* cor
   store<T>(correction, load(correction) + sum);
 }
 
-template <class Div, class T>
+template <class Div, class Precision>
 class TwoPassForwardWorker {
+  using T = typename Precision::Number;
+
  public:
   TwoPassForwardWorker(const ForwardProblem& problem, Scratch<T>& scratch)
       : p_(problem),
@@ -75,7 +77,6 @@ class TwoPassForwardWorker {
 
  private:
   static constexpr int64_t P = kPanel<T>;
-  static int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
   static const void* teacher_lse(const ForwardProblem& p) {
     return p.given_teacher_lse ? p.given_teacher_lse : p.teacher_lse;
   }
@@ -96,10 +97,13 @@ class TwoPassForwardWorker {
       kl[row] = static_cast<T>(Div::renormalised(sums_.divergence[row], map_sums(row)));
     for (int64_t i = 0; i < maps_.heads(); ++i) {
       const int64_t at = (b * p_.heads + first_head + i) * p_.query_length + first_row;
-      const T* inverse_sum = static_cast<const T*>(p_.inverse_sum) + at;
-      T* correction = static_cast<T*>(p_.correction) + at;
-      for (int64_t row = 0; row < rows; ++row)
-        correction[row] = inverse_sum[row] * correction_[i * P + row];
+      for (int64_t lane = 0; lane < rows; lane += kLanes<T>) {
+        const vec<T> inverse_sum = row_lanes<T>(p_.inverse_sum, at + lane, rows - lane);
+        const vec<T> factor = Precision::split(inverse_sum).factor;
+        const vec<T> correction = factor * load(correction_ + i * P + lane);
+        for (int64_t row = lane; row < min(rows, lane + kLanes<T>); ++row)
+          static_cast<T*>(p_.correction)[at + row] = correction[row - lane];
+      }
     }
   }
 
@@ -113,28 +117,34 @@ class TwoPassForwardWorker {
   }
 
   const ForwardProblem& p_;
-  GroupMaps<T> maps_;
+  GroupMaps<Precision> maps_;
   GroupSums sums_;
   T* correction_;
 };
 
-template <class Div, class T>
-void two_pass_forward_tasks(const ForwardProblem& problem, int64_t begin, int64_t end) {
-  const int64_t panels = (problem.query_length + kPanel<T> - 1) / kPanel<T>;
+template <class Precision>
+void two_pass_forward_at(const ForwardProblem& problem, int64_t begin, int64_t end) {
+  using T = typename Precision::Number;
+  const int64_t panels = ceil_div(problem.query_length, kPanel<T>);
   const int64_t groups = problem.average_heads ? 1 : problem.heads;
-  with_worker<TwoPassForwardWorker<Div, T>, T>(problem, [&](auto& worker) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t group = task / panels;
-      worker.rows(group / groups, group % groups, task % panels * kPanel<T>);
-    }
+  Divergences::visit(problem.divergence, [&](auto divergence) {
+    using Worker = TwoPassForwardWorker<decltype(divergence), Precision>;
+    with_worker<Worker, T>(problem, [&](Worker& worker) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t group = task / panels;
+        worker.rows(group / groups, group % groups, task % panels * kPanel<T>);
+      }
+    });
   });
 }
 
 template <class T>
 void two_pass_forward(const ForwardProblem& problem, int64_t begin, int64_t end) {
-  Divergences::visit(problem.divergence, [&](auto divergence) {
-    two_pass_forward_tasks<decltype(divergence), T>(problem, begin, end);
-  });
+#if defined(__AVX512BF16__)
+  if constexpr (sizeof(T) == sizeof(float))
+    if (all_bfloat16(problem)) return two_pass_forward_at<PairPrecision>(problem, begin, end);
+#endif
+  two_pass_forward_at<FullPrecision<T>>(problem, begin, end);
 }
 
 }  // namespace attn_kd::ATTN_KD_ISA
