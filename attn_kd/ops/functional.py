@@ -126,8 +126,7 @@ def attention_kl(
         divergence: one of those above.
         head_reduction: "none": one map, and one divergence, per head; Ht must be H. "mean": the
             divergence [B, Lq] of the maps averaged over heads, such as `nn.MultiheadAttention`
-            returns; Ht may differ from H, and then one mask must serve all heads. The CPU kernels
-            take averages below the smallest normal number for that number in logarithms.
+            returns; Ht may differ from H, and then one mask must serve all heads.
         dropout_p: probability with which an entry of the map does not reach the output; what
             remains is divided by 1 - dropout_p. kl and lse are those without dropout. The noise
             is drawn with torch's default generator of the device (`torch.manual_seed`).

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -27,8 +29,8 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 teacher_heads = pytest.mark.parametrize("Ht", [1, 3, 7], ids=lambda n: f"{n} teacher heads")
 
 
-def check(backend, sizes, dtype=torch.float32, *, roundings=None, **options):
-    inputs = random_inputs(sizes, dtype)
+def check(backend, sizes, dtype=torch.float32, *, spread=1.0, roundings=None, **options):
+    inputs = random_inputs(sizes, dtype, spread=spread)
     cotangents = random_cotangents(sizes, dtype, "mean")
     options |= MEAN
     actual = run_backend(backend, inputs, cotangents, **options)
@@ -60,6 +62,35 @@ def test_head_dims_that_differ(backend, D, Dv, Dt, divergence):
 def test_twice_the_error_of_eager_code_at_the_size_of_an_encoder(backend, dtype, divergence):
     sizes = Sizes(B=1, H=8, Lq=100, Lk=169, D=32, Dv=32, Dt=32)
     check(backend, sizes, dtype, roundings=0, divergence=divergence)
+
+
+@every_divergence
+@teacher_heads
+def test_keys_whose_probabilities_underflow_in_every_head(backend, Ht, divergence):
+    """Logits spread over hundreds of nats; float32 has probabilities down to 87 below the row's."""
+    check(backend, SIZES._replace(Ht=Ht), spread=60.0, divergence=divergence)
+
+
+def test_a_key_that_only_the_teacher_sees_pulls_the_student(backend):
+    """KL(teacher ‖ student) has the gradient a - b, here -1, and every head the share it has of a.
+
+    The logit of key 1 lies 200 and 202 nats below that of key 0 in the student's heads: their
+    shares of its average are 1 : e^-2.
+    """
+    query = torch.ones(1, 2, 1, 1)
+    key = torch.tensor([[0.0, -200.0], [0.0, -202.0]])[None, ..., None].requires_grad_()
+    teacher_key = torch.tensor([-200.0, 0.0])[None, None, :, None]
+    kl = attn_kd.attention_kl(
+        *(query, key, torch.zeros(1, 2, 2, 1), query[:, :1], teacher_key),
+        divergence="forward_kl",
+        head_reduction="mean",
+        backend=backend,
+    ).kl
+    (grad,) = torch.autograd.grad(kl.sum(), key)
+    share = 1 / (1 + math.exp(-2))
+    expected = torch.tensor([[share, -share], [1 - share, share - 1]])
+    torch.testing.assert_close(grad[0, :, :, 0], expected)
+    torch.testing.assert_close(kl, torch.tensor([[200 + math.log(2 * share)]]))
 
 
 @every_divergence

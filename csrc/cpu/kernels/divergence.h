@@ -3,7 +3,7 @@
 //
 // All are separable, D = sum phi(a, b) over the keys, a and b the student's and the teacher's
 // probability of a key. `value` is phi and `slope` dphi/da (up to a constant, which the gradient
-// does not see), both in natural units:
+// does not see) times the scale of a, both in natural units:
 //   dD/ds_j = a_j (slope_j - sum_k a_k slope_k)
 // `renormalised` is D of the maps that a and b would be were their sums over the row, student_sum
 // and teacher_sum, off by no rounding: D moves with these sums where it would not move with the
@@ -29,19 +29,22 @@
 
 namespace attn_kd::ATTN_KD_ISA {
 
-// Probabilities are raised to the smallest normal number before their logarithm is taken: so it is
-// finite where a map underflows, and log(a / b) is 0 where the mask hides the pair. A student's
-// logit whose probability underflows (88 below the row's highest in float) gets no gradient.
+// For divisions and logarithms, which need a normal number.
 template <class T>
-inline vec<T> above_zero(vec<T> probability) {
+inline vec<T> above_zero(vec<T> x) {
   constexpr T kSmallest = sizeof(T) == 4 ? T(0x1p-126) : T(0x1p-1022);
-  return max_or_second<T>(broadcast(kSmallest), probability);
+  return max_or_second<T>(broadcast(kSmallest), x);
 }
 
+// A key of the maps that are compared, one query row a lane: of two heads, or of averages over
+// heads, where all of a key's probabilities may underflow. Logarithms then take them relative to
+// the largest: a = scale * mass, with a mass that underflows nowhere.
 template <class T>
-inline vec<T> log_ratio(vec<T> a, vec<T> b) {
-  return T(kLn2) * log2<T>(above_zero<T>(a) / above_zero<T>(b));
-}
+struct Probabilities {
+  vec<T> a, b;
+  vec<T> scale, mass;  // 1 and a where the divergence takes no log_ratio
+  vec<T> log_ratio;    // log(a / b), natural; 0 where the mask hides the pair
+};
 
 // What the probabilities of a row sum to, and what they would without roundings.
 struct MapSums {
@@ -53,14 +56,17 @@ struct MapSums {
 };
 
 // What a struct inherits: a divergence of single heads that one pass over the keys has, or that
-// takes two.
+// takes two. kLogRatio: whether it uses log_ratio, as one does to whose value or gradient a key
+// whose probability underflows may matter.
 struct OnePass {
   static constexpr bool kOnePass = true;
+  static constexpr bool kLogRatio = true;
   static constexpr bool kTeacher = true;
 };
 
 struct TwoPass {
   static constexpr bool kOnePass = false;
+  static constexpr bool kLogRatio = false;
   static double renormalised(double sum, const MapSums&) { return sum; }
 };
 
@@ -111,12 +117,12 @@ struct ReverseKL : OnePass {
     return p * (grad_probability + slope * u);
   }
   template <class T>
-  static vec<T> value(vec<T> a, vec<T> b) {
-    return a * log_ratio<T>(a, b);
+  static vec<T> value(const Probabilities<T>& key) {
+    return key.a * key.log_ratio;
   }
   template <class T>
-  static vec<T> slope(vec<T> a, vec<T> b) {
-    return log_ratio<T>(a, b);
+  static vec<T> slope(const Probabilities<T>& key) {
+    return key.scale * key.log_ratio;
   }
   static double renormalised(double sum, const MapSums& sums) {
     return sums.student_factor() *
@@ -153,12 +159,12 @@ struct ForwardKL : OnePass {
     return p * grad_probability - slope * b;
   }
   template <class T>
-  static vec<T> value(vec<T> a, vec<T> b) {
-    return -b * log_ratio<T>(a, b);
+  static vec<T> value(const Probabilities<T>& key) {
+    return -key.b * key.log_ratio;
   }
   template <class T>
-  static vec<T> slope(vec<T> a, vec<T> b) {
-    return -b / above_zero<T>(a);
+  static vec<T> slope(const Probabilities<T>& key) {
+    return -key.b / above_zero<T>(key.mass);
   }
   static double renormalised(double sum, const MapSums& sums) {
     return sums.teacher_factor() *
@@ -171,19 +177,20 @@ struct JensenShannon : TwoPass {
   static constexpr char kName[] = "js";
 
   template <class T>
-  static vec<T> value(vec<T> a, vec<T> b) {
-    const vec<T> inverse_mean = inverse_of_mean<T>(a, b);
-    return T(0.5) * (a * log_of_share<T>(a, inverse_mean) + b * log_of_share<T>(b, inverse_mean));
+  static vec<T> value(const Probabilities<T>& key) {
+    const vec<T> inverse_mean = inverse_of_mean<T>(key);
+    return T(0.5) * (key.a * log_of_share<T>(key.a, inverse_mean) +
+                     key.b * log_of_share<T>(key.b, inverse_mean));
   }
   template <class T>
-  static vec<T> slope(vec<T> a, vec<T> b) {
-    return T(0.5) * log_of_share<T>(a, inverse_of_mean<T>(a, b));
+  static vec<T> slope(const Probabilities<T>& key) {
+    return T(0.5) * log_of_share<T>(key.a, inverse_of_mean<T>(key));
   }
 
  private:
   template <class T>
-  static vec<T> inverse_of_mean(vec<T> a, vec<T> b) {
-    return T(2) / (above_zero<T>(a) + above_zero<T>(b));
+  static vec<T> inverse_of_mean(const Probabilities<T>& key) {
+    return T(2) / (above_zero<T>(key.a) + above_zero<T>(key.b));
   }
   template <class T>
   static vec<T> log_of_share(vec<T> probability, vec<T> inverse_mean) {
@@ -196,12 +203,12 @@ struct MeanSquaredError : TwoPass {
   static constexpr char kName[] = "mse";
 
   template <class T>
-  static vec<T> value(vec<T> a, vec<T> b) {
-    return (a - b) * (a - b);
+  static vec<T> value(const Probabilities<T>& key) {
+    return (key.a - key.b) * (key.a - key.b);
   }
   template <class T>
-  static vec<T> slope(vec<T> a, vec<T> b) {
-    return T(2) * (a - b);
+  static vec<T> slope(const Probabilities<T>& key) {
+    return T(2) * (key.a - key.b);
   }
 };
 

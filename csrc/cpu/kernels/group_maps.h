@@ -5,6 +5,7 @@
 // compared, else one head. Tiles are kept transposed, keys by queries, as everywhere.
 #pragma once
 
+#include "divergence.h"
 #include "exp2.h"
 #include "logits.h"
 
@@ -34,13 +35,57 @@ inline void add_map(T* logits, T* average, int64_t keys, vec<T> weight) {
   }
 }
 
-template <class Precision>
+// A highest logit no lower than this: what lies below is hidden, and of pairs hidden from both maps
+// the logarithms must agree.
+template <class T>
+inline constexpr T kLowestLogit = T(4 * kHidden);
+
+// The same relative to the highest logit of all heads: average += weight * 2^(logit - highest),
+// with one exponential, be the highest the new logit or the old.
+template <bool kFirst, class T>
+inline void merge_map(const T* logits, T* highest, T* average, int64_t keys, vec<T> weight) {
+  for (int64_t at = 0; at < keys * kPanel<T>; at += kPanel<T>) {
+    const vec<T> before = kFirst ? broadcast(kLowestLogit<T>) : load(highest + at);
+    const vec<T> logit = load(logits + at), sum = kFirst ? vec<T>{} : load(average + at);
+    const vec<T> rise = logit - before;
+    const vec<T> smaller = exp2<T>(rise > T(0) ? -rise : rise);
+    store<T>(highest + at, max_or_second<T>(logit, before));
+    store<T>(average + at, rise > T(0) ? sum * smaller + weight : sum + weight * smaller);
+  }
+}
+
+// The maps of a tile whose logits are all there, [heads, keys, kPanel]: p = 2^(logit - highest) in
+// place, the highest of all heads, and the average of p.
+template <class T>
+inline void relate_maps(T* logits, int64_t heads, int64_t stride, T* highest, T* average,
+                        int64_t keys, int64_t vectors, const T* weights) {
+  for (int64_t key = 0; key < keys; ++key)
+    for (int64_t v = 0; v < vectors; ++v) {
+      const int64_t lane = v * kLanes<T>, at = key * kPanel<T> + lane;
+      vec<T> base = broadcast(kLowestLogit<T>), sum{};
+      for (int64_t i = 0; i < heads; ++i)
+        base = max_or_second<T>(load(logits + i * stride + at), base);
+      for (int64_t i = 0; i < heads; ++i) {
+        const vec<T> p = exp2<T>(load(logits + i * stride + at) - base);
+        store<T>(logits + i * stride + at, p);
+        sum += load(weights + i * kPanel<T> + lane) * p;
+      }
+      store<T>(highest + at, base);
+      store<T>(average + at, sum);
+    }
+}
+
+// With kRelative, a key's probabilities are relative to the highest of the heads, so that what
+// makes up an average is known where all of them underflow.
+template <class Precision, bool kRelative>
 class GroupMaps {
   using T = typename Precision::Number;
   using Element = typename Precision::Element;
   using Keys = typename Precision::Keys;
 
  public:
+  using Number = T;
+
   GroupMaps(const Problem& problem, const KnownRows& known, Scratch<T>& scratch)
       : p_(problem),
         known_(known),
@@ -62,8 +107,10 @@ class GroupMaps {
         teacher_start_(scratch.take(teacher_heads_ * P)),
         teacher_weight_(scratch.take(teacher_heads_ * P)),
         teacher_seeing_(scratch.take(P)),
-        student_(scratch.take(tile_elements())),
-        teacher_(scratch.take(tile_elements())),
+        mass_(scratch.take(tile_elements())),
+        highest_(scratch.take(kRelative ? tile_elements() : 0)),
+        teacher_mass_(scratch.take(tile_elements())),
+        teacher_highest_(scratch.take(kRelative ? tile_elements() : 0)),
         zeros_(scratch.take(P)),
         bias_(problem.mask, scratch, tile_keys_) {}
 
@@ -95,19 +142,34 @@ class GroupMaps {
         if (pairs) add_teacher(i, first_key, keys, !any_visible);
         any_visible = true;
       } else {
-        fill(probability(i), keys * P, T(0));
+        fill(probability(i), keys * P, kRelative ? kMasked<T> : T(0));
       }
     }
+    if (!any_visible) return false;
     // Unequal numbers of heads share one mask, which has been read.
-    if (any_visible && !pairs)
-      for (int64_t i = 0; i < teacher_heads_; ++i) add_teacher(i, first_key, keys, i == 0);
-    return any_visible;
+    for (int64_t i = 0; !pairs && i < teacher_heads_; ++i) add_teacher(i, first_key, keys, i == 0);
+    if constexpr (kRelative)
+      relate_maps<T>(probability_, heads_, tile_elements(), highest_, mass_, keys, vectors(),
+                     weight_);
+    return true;
   }
 
-  // Of the tile, [keys, kPanel]: averages over the heads, and of one head the map, which is
-  // normalised where that is in its exponent (see Precision).
-  T* student() { return student_; }
-  const T* teacher() const { return teacher_; }
+  // A key of the tile and a vector of rows, at key * kPanel + lane.
+  Probabilities<T> compared(int64_t at) const {
+    const vec<T> student = load(mass_ + at), teacher = load(teacher_mass_ + at);
+    if constexpr (!kRelative) return {student, teacher, broadcast(T(1)), student, vec<T>{}};
+    const vec<T> highest = load(highest_ + at), teacher_highest = load(teacher_highest_ + at);
+    const vec<T> scale = exp2<T>(highest);
+    const vec<T> ratio = above_zero<T>(student) / above_zero<T>(teacher);
+    return {scale * student, exp2<T>(teacher_highest) * teacher, scale, student,
+            T(kLn2) * ((highest - teacher_highest) + log2<T>(ratio))};
+  }
+
+  // Tiles, [keys, kPanel]. A sweep over `compared` may leave slopes and scales in place of what it
+  // has read; of one head the map is what remains to be multiplied by the scale (1 but for
+  // kRelative), normalised where that is in its exponent (see Precision).
+  T* slope() { return mass_; }
+  T* scale() { return highest_; }
   T* probability(int64_t head) { return probability_ + head * tile_elements(); }
 
   // The mask of a head on those keys.
@@ -193,7 +255,7 @@ class GroupMaps {
     logit_tile<Precision>(keys, 1, vectors(), p_.head_dim, key_.rows(0),
                           query_ + i * panel_elements(p_.head_dim), p_.scale, start_ + i * P,
                           zeros_, bias_, logits);
-    add(logits, student_, keys, weight_ + i * P, first);
+    if constexpr (!kRelative) add(logits, mass_, keys, weight_ + i * P, first);
   }
 
   void add_teacher(int64_t i, int64_t first_key, int64_t keys, bool first) {
@@ -203,7 +265,15 @@ class GroupMaps {
     logit_tile<Precision>(keys, group, vectors(), p_.teacher_dim, teacher_key_.rows(0),
                           teacher_query_ + i * panel_elements(p_.teacher_dim), p_.teacher_scale,
                           teacher_start_ + i * P, zeros_, bias_, teacher_logits_);
-    add(teacher_logits_, teacher_, keys, teacher_weight_ + i * P, first);
+    const T* weight = teacher_weight_ + i * P;
+    if constexpr (!kRelative) return add(teacher_logits_, teacher_mass_, keys, weight, first);
+    for (int64_t lane = 0; lane < vectors() * kLanes<T>; lane += kLanes<T>)
+      if (first)
+        merge_map<true, T>(teacher_logits_ + lane, teacher_highest_ + lane, teacher_mass_ + lane,
+                           keys, load(weight + lane));
+      else
+        merge_map<false, T>(teacher_logits_ + lane, teacher_highest_ + lane, teacher_mass_ + lane,
+                            keys, load(weight + lane));
   }
 
   void add(T* logits, T* average, int64_t keys, const T* weight, bool first) const {
@@ -225,7 +295,9 @@ class GroupMaps {
   Element* teacher_query_;
   Keys teacher_key_;
   T *teacher_logits_, *teacher_start_, *teacher_weight_, *teacher_seeing_;
-  T *student_, *teacher_, *zeros_;
+  // Of the tile: the averages and, with kRelative, the highest logit, which they are relative to.
+  T *mass_, *highest_, *teacher_mass_, *teacher_highest_;
+  T* zeros_;
   Bias<T> bias_;
 };
 

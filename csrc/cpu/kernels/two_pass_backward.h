@@ -13,22 +13,31 @@
 
 namespace attn_kd::ATTN_KD_ISA {
 
-// The slopes of one vector of lanes take the place of a.
-template <class Div, class T>
-void slope_sweep(T* student, const T* teacher, int64_t keys) {
-  for (int64_t at = 0; at < keys * kPanel<T>; at += kPanel<T>)
-    store<T>(student + at, Div::template slope<T>(load(student + at), load(teacher + at)));
+// The slopes, and scales, of one vector of lanes.
+template <class Div, class Maps>
+void slope_sweep(Maps& maps, int64_t keys, int64_t lane) {
+  using T = typename Maps::Number;
+  for (int64_t at = lane; at < keys * kPanel<T>; at += kPanel<T>) {
+    const Probabilities<T> key = maps.compared(at);
+    store<T>(maps.slope() + at, Div::slope(key));
+    if constexpr (Div::kLogRatio) store<T>(maps.scale() + at, key.scale);
+  }
 }
 
-// dS = P (dP + offset + factor * slope), in place of dP. P is multiplied by the slope first: where
-// forward_kl's is huge, P is so small that their product is not.
-template <class T>
-void group_grad_sweep(const T* probability, const T* slope, T* grad_probability, int64_t keys,
-                      vec<T> offset, vec<T> factor) {
+// dS = P (dP + offset + factor * phi'), in place of dP; the slope is phi' times the scale that P
+// lacks, which it gets.
+template <bool kScaled, class T>
+void group_grad_sweep(T* probability, const T* slope, const T* scale, T* grad_probability,
+                      int64_t keys, vec<T> offset, vec<T> factor) {
   for (int64_t at = 0; at < keys * kPanel<T>; at += kPanel<T>) {
-    const vec<T> p = load(probability + at);
+    const vec<T> relative = load(probability + at);
+    vec<T> p = relative;
+    if constexpr (kScaled) {
+      p *= load(scale + at);
+      store<T>(probability + at, p);
+    }
     const vec<T> dp = load(grad_probability + at) + offset;
-    store<T>(grad_probability + at, p * dp + factor * (p * load(slope + at)));
+    store<T>(grad_probability + at, p * dp + factor * (relative * load(slope + at)));
   }
 }
 
@@ -69,7 +78,7 @@ class TwoPassBackwardWorker {
   void tile(const Block& at, int64_t key, int64_t keys) {
     if (!maps_.tile(at.first_key + key, keys)) return;
     for (int64_t lane = 0; lane < maps_.vectors() * kLanes<T>; lane += kLanes<T>)
-      slope_sweep<Div, T>(maps_.student() + lane, maps_.teacher() + lane, keys);
+      slope_sweep<Div>(maps_, keys, lane);
     for (int64_t i = 0; i < maps_.heads(); ++i) head_tile(i, at, key, keys);
   }
 
@@ -126,15 +135,15 @@ class TwoPassBackwardWorker {
     gradients_.multiply_values(i, value_.rows(0), keys, vectors, grad_probability_);
     dropout_.apply(grad_probability_, keys, vectors);
     for (int64_t lane = 0; lane < vectors * kLanes<T>; lane += kLanes<T>)
-      group_grad_sweep<T>(probability + lane, maps_.student() + lane, grad_probability_ + lane,
-                          keys, load(gradients_.offset(i) + lane),
-                          load(factor_ + i * kRows + lane));
+      group_grad_sweep<Div::kLogRatio, T>(
+          probability + lane, maps_.slope() + lane, maps_.scale() + lane, grad_probability_ + lane,
+          keys, load(gradients_.offset(i) + lane), load(factor_ + i * kRows + lane));
     dropout_.apply(probability, keys, vectors);
     gradients_.add(i, key, keys, at.rows, key_.columns(0), probability, grad_probability_);
   }
 
   const BackwardProblem& p_;
-  GroupMaps<Precision> maps_;
+  GroupMaps<Precision, Div::kLogRatio> maps_;
   const int64_t chunk_;
   Gradients<Precision> gradients_;
   Keys key_, value_;

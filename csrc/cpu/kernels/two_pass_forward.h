@@ -26,16 +26,17 @@ inline void add_lanes(double* sums, vec<T> of_tile) {
   for (int lane = 0; lane < kLanes<T>; ++lane) sums[lane] += static_cast<double>(lanes[lane]);
 }
 
-// Adds one vector of lanes' phi(a, b), a and b to the sums. The slopes take the place of a.
-template <class Div, class T>
-void value_sweep(T* student, const T* teacher, int64_t keys, GroupSums& sums, int64_t lane) {
+// Adds one vector of lanes' phi(a, b), a and b to the sums, and leaves the slopes.
+template <class Div, class Maps>
+void value_sweep(Maps& maps, int64_t keys, int64_t lane, GroupSums& sums) {
+  using T = typename Maps::Number;
   vec<T> divergence{}, student_sum{}, teacher_sum{};
-  for (int64_t at = 0; at < keys * kPanel<T>; at += kPanel<T>) {
-    const vec<T> a = load(student + at), b = load(teacher + at);
-    student_sum += a;
-    teacher_sum += b;
-    divergence += Div::template value<T>(a, b);
-    store<T>(student + at, Div::template slope<T>(a, b));
+  for (int64_t at = lane; at < keys * kPanel<T>; at += kPanel<T>) {
+    const Probabilities<T> key = maps.compared(at);
+    student_sum += key.a;
+    teacher_sum += key.b;
+    divergence += Div::value(key);
+    store<T>(maps.slope() + at, Div::slope(key));
   }
   add_lanes<T>(sums.divergence + lane, divergence);
   add_lanes<T>(sums.student + lane, student_sum);
@@ -83,9 +84,9 @@ class TwoPassForwardWorker {
 
   void add(int64_t keys) {
     for (int64_t lane = 0; lane < maps_.vectors() * kLanes<T>; lane += kLanes<T>) {
-      value_sweep<Div, T>(maps_.student() + lane, maps_.teacher() + lane, keys, sums_, lane);
+      value_sweep<Div>(maps_, keys, lane, sums_);
       for (int64_t i = 0; i < maps_.heads(); ++i)
-        correction_sweep<T>(maps_.probability(i) + lane, maps_.student() + lane, keys,
+        correction_sweep<T>(maps_.probability(i) + lane, maps_.slope() + lane, keys,
                             correction_ + i * P + lane);
     }
   }
@@ -117,7 +118,7 @@ class TwoPassForwardWorker {
   }
 
   const ForwardProblem& p_;
-  GroupMaps<Precision> maps_;
+  GroupMaps<Precision, Div::kLogRatio> maps_;
   GroupSums sums_;
   T* correction_;
 };
