@@ -1,10 +1,8 @@
 // Compiled once per instruction set; exports that set's kernels under a name of its own.
-#include "backward.h"
 #include "divergence.h"
-#include "forward.h"
 #include "log2.h"
+#include "passes.h"
 #include "philox.h"
-#include "two_pass.h"
 
 #define ATTN_KD_STRINGIFY(x) #x
 #define ATTN_KD_NAME(x) ATTN_KD_STRINGIFY(x)
