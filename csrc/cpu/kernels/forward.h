@@ -68,14 +68,14 @@ class ForwardWorker {
         query_rows_(Precision::take(scratch, P * widest(problem))),
         zeros_(scratch.take(P)),
         key_(problem.key, problem.head_dim, tile_keys_, hides_keys(), Keys::Use::rows, scratch),
-        teacher_key_(problem.teacher_key, problem.teacher_dim, teacher_keys(tile_keys_),
+        teacher_key_(problem.teacher_key, problem.teacher_dim, p_.teacher_keys(tile_keys_),
                      hides_keys(), Keys::Use::rows, scratch),
         value_(problem.value, problem.value_dim, tile_keys_, hides_keys(), Keys::Use::columns,
                scratch),
         logits_(scratch.take(tile_keys_ * P)),
-        teacher_logits_(scratch.take(Div::kTeacher ? teacher_keys(tile_keys_) * P : 0)),
-        rounded_rows_(Precision::take(scratch, rounded_elements())),
-        rounded_columns_(Precision::take(scratch, rounded_elements())),
+        teacher_logits_(scratch.take(Div::kTeacher ? p_.teacher_keys(tile_keys_) * P : 0)),
+        rounded_rows_(Precision::take_rounded(scratch, tile_keys_)),
+        rounded_columns_(Precision::take_rounded(scratch, tile_keys_)),
         bias_(problem.mask, scratch, tile_keys_),
         dropout_(problem.dropout, scratch, tile_keys_) {}
 
@@ -102,13 +102,7 @@ class ForwardWorker {
  private:
   static constexpr int64_t P = kPanel<T>;
   static_assert(cpu::kMaxPanelsPerTask == 4, "panels_ is initialised by hand");
-  static int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-  int64_t teacher_keys(int64_t keys) const { return keys * p_.teacher_keys_per_key; }
   bool hides_keys() const { return Bias<T>::hides_keys(p_.mask); }
-  // Of a tile that is rounded: pairs of rows, so an even number of them.
-  int64_t rounded_elements() const {
-    return Precision::kFoldFactors ? 0 : round_up(tile_keys_, 2) * P / 2;
-  }
   static int64_t widest(const ForwardProblem& p) {
     return p.head_dim > p.teacher_dim ? p.head_dim : p.teacher_dim;
   }
@@ -129,7 +123,8 @@ class ForwardWorker {
     for (int64_t first = begin; first < end; first += tile_keys_) {
       const int64_t keys = min(end - first, tile_keys_);
       key_.read(b, h, first, keys);
-      if constexpr (Div::kTeacher) teacher_key_.read(b, h, teacher_keys(first), teacher_keys(keys));
+      if constexpr (Div::kTeacher)
+        teacher_key_.read(b, h, p_.teacher_keys(first), p_.teacher_keys(keys));
       value_.read(b, h, first, keys);
       for (int64_t i = 0; i < count_; ++i)
         if (bias_.read(b, h, panels_[i].first_row, panels_[i].rows, first, keys)) {
@@ -182,12 +177,12 @@ class ForwardWorker {
     const int64_t vectors = panel.vectors();
     bias_.mark_seen(panel.sums.seen, keys, vectors);
     key_.clear_hidden(bias_, 0, keys);
-    teacher_key_.clear_hidden(bias_, 0, keys, teacher_keys(1));
+    teacher_key_.clear_hidden(bias_, 0, keys, p_.teacher_keys(1));
     value_.clear_hidden(bias_, 0, keys);
     logit_tile<Precision>(keys, 1, vectors, p_.head_dim, key_.rows(0), panel.query, p_.scale,
                           zeros_, zeros_, bias_, logits_, panel.rows);
     if constexpr (Div::kTeacher)
-      logit_tile<Precision>(keys, teacher_keys(1), vectors, p_.teacher_dim, teacher_key_.rows(0),
+      logit_tile<Precision>(keys, p_.teacher_keys(1), vectors, p_.teacher_dim, teacher_key_.rows(0),
                             panel.teacher_query, p_.teacher_scale, panel.teacher_start, zeros_,
                             bias_, teacher_logits_, panel.rows);
     for (int64_t lane = 0; lane < vectors * kLanes<T>; lane += kLanes<T>)
