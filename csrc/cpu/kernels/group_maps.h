@@ -95,7 +95,7 @@ class GroupMaps {
         panel_rows_(Precision::take(scratch, P * max(problem.head_dim, problem.teacher_dim))),
         query_(Precision::take(scratch, heads_ * panel_elements(problem.head_dim))),
         key_(problem.key, problem.head_dim, tile_keys_, hides_keys(), Keys::Use::rows, scratch),
-        probability_(scratch.take(heads_ * tile_elements())),
+        probability_(scratch.take(heads_ * map_stride())),
         start_(scratch.take(heads_ * P)),
         weight_(scratch.take(heads_ * P)),
         seeing_(scratch.take(P)),
@@ -149,8 +149,7 @@ class GroupMaps {
     // Unequal numbers of heads share one mask, which has been read.
     for (int64_t i = 0; !pairs && i < teacher_heads_; ++i) add_teacher(i, first_key, keys, i == 0);
     if constexpr (kRelative)
-      relate_maps<T>(probability_, heads_, tile_elements(), highest_, mass_, keys, vectors(),
-                     weight_);
+      relate_maps<T>(probability_, heads_, map_stride(), highest_, mass_, keys, vectors(), weight_);
     return true;
   }
 
@@ -170,7 +169,7 @@ class GroupMaps {
   // kRelative), normalised where that is in its exponent (see Precision).
   T* slope() { return mass_; }
   T* scale() { return highest_; }
-  T* probability(int64_t head) { return probability_ + head * tile_elements(); }
+  T* probability(int64_t head) { return probability_ + head * map_stride(); }
 
   // The mask of a head on those keys.
   const Bias<T>& mask(int64_t head, int64_t first_key, int64_t keys) {
@@ -190,6 +189,7 @@ class GroupMaps {
   }
   static int64_t panel_elements(int64_t width) { return P * Precision::depth(width); }
   int64_t tile_elements() const { return tile_keys_ * P; }
+  int64_t map_stride() const { return Scratch<T>::stride(tile_elements()); }
   bool hides_keys() const { return Bias<T>::hides_keys(p_.mask); }
 
   // Whether the head sees any of the keys; one mask for all heads is read for the first alone.

@@ -61,12 +61,16 @@ class Scratch {
 
   T* take(int64_t elements) {
     T* tile = data_ ? data_ + taken_ : nullptr;
-    if (elements > 0)
-      taken_ += round_up(elements, kCacheLine / static_cast<int64_t>(sizeof(T))) +
-                kStagger / static_cast<int64_t>(sizeof(T));
+    if (elements > 0) taken_ += stride(elements);
     return tile;
   }
   int64_t taken() const { return taken_; }
+
+  // From one tile to the next of several that are taken together.
+  static int64_t stride(int64_t elements) {
+    constexpr int64_t kSize = sizeof(T);
+    return round_up(elements, kCacheLine / kSize) + kStagger / kSize;
+  }
 
  private:
   static constexpr int64_t kCacheLine = static_cast<int64_t>(kScratchAlign);
