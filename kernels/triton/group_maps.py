@@ -1,17 +1,21 @@
-"""Attention maps whose sums are known, tile by tile, and their averages over heads.
+"""Averages of attention maps over heads, and what the kernels of single heads read of them.
 
 Every head has a part in the slopes phi' (see `separable`) of averaged maps, and these have a part
-in every head's gradient. Averaging anew for each head would take H times the products; one program
-for all heads would have to keep H accumulators beside the tiles, more than there are registers from
-8 heads on, and leave most of the GPU idle: 17 blocks of 64 queries are all that an encoder of 1064
-tokens has. So `group_slopes_kernel` writes the slopes of a `Window` of the averaged maps to a
-scratch of bounded size, which stays in the L2 cache, and the kernels of `two_pass_forward` and
-`two_pass_backward`, of one head a program as in one pass, read their tiles from there. The windows
-of a call follow each other in the same scratch (attn_kd/ops/triton_two_pass.py).
+in every head's gradient. `group_slopes_kernel` writes the slopes of a `Window` of the averaged maps
+to a scratch, and the kernels of `two_pass_forward` and `two_pass_backward`, of one head a program
+as in one pass, read their tiles from there. The scratch is of bounded size whatever the lengths,
+8 MiB, which stays in the L2 cache; the windows of a call follow each other in it
+(attn_kd/ops/triton_two_pass.py). So nothing of size Lq * Lk is stored, but of maps no larger than
+the bound all slopes are there at once, averaged over the heads.
 
-A forward and a backward pass then take, per pair and head, 2 + 1 and 2 + 3 + 4 products and as many
-exponentials as there are maps computed, 3 and 4, beside the slopes' reads, 4 bytes to each of three
-kernels.
+Two other ways were weighed. To average anew for each head takes H times an average's products. One
+program for all heads of a block of queries (or keys) averages in both backward kernels: 11 products
+and 6 exponentials a pair and head where these take 2 + 3 + 4 = 9 and 4. It has the accumulators of
+all heads, 64 KiB of 8 heads, 64 rows and head_dim 32, a fourth of a multiprocessor's registers, or
+adds to memory at every tile. And there are few of them: 34 at B = 2 and 1064 tokens, 66 at B = 1 and
+4200 tokens, for 108 to 148 multiprocessors. A window has 136 and 176 programs of each backward
+kernel there. The price are 4 bytes a pair and head that both backward kernels, and one forward,
+read from the L2 cache. All of this is counted, not measured: no GPU has run it yet.
 """
 
 from typing import Any, NamedTuple
