@@ -48,10 +48,10 @@ def _page(results: Results, samples: Sequence[Sample], detectors: dict[str, Dete
         _curves(results),
         _section(
             "Attention maps",
-            "<p>Where the last encoder layer looks from one position, marked by a ring at the "
-            "middle of the labelled object: the average over heads, each from dark (0) to its own "
-            "brightest. Under each map, its largest weight, and its KL from the teacher's in "
-            "nats.</p>",
+            "<p>Where the last encoder layer looks from one cell of its grid, the one in which the "
+            "middle of the labelled object lies (ring: the middle of the cell): the average over "
+            "heads, each from dark (0) to its own brightest. Under each map, its largest weight, "
+            "and its KL from the teacher's in nats.</p>",
             attention_gallery(
                 [sample for sample in samples if sample.boxes][:3], detectors, results
             ),

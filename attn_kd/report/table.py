@@ -74,7 +74,10 @@ def memory_sentence(memory: AttentionMemory) -> str:
     """Both peaks, their ratio if there is one, and the sizes they were measured at."""
     fused, eager = memory.fused_bytes, memory.eager_bytes
     # Small work may fit into what the process holds already: then its peak does not grow.
-    ratio = f" ({eager / fused:.1f} times as much)" if fused > 0 else ""
+    ratio = ""
+    if fused > 0:
+        times = eager / fused
+        ratio = f" ({times:.{1 if times < 10 else 0}f} times as much)"
     return (
         f"fused {write_bytes(fused)}, eager {write_bytes(eager)}{ratio}, forward and backward of "
         f"one layer at {memory.tokens:,} tokens, {memory.heads} heads of {memory.head_dim}, "
