@@ -86,23 +86,24 @@ def two_pass_forward(
     """Fill in the results of a forward pass."""
     teacher_lse, lse_rest = _first_pass(problem, output, lse, own_teacher_lse, row_state)
     rows = _head_kernel("two_pass_forward", problem, teacher_lse, row_state, value_dim=0)
-    rows.arguments["teacher_lse_rest"] = lse_rest
+    rows.arguments.update(teacher_lse_rest=lse_rest, kl=kl)
     if not problem.average_heads:
-        region = _whole(problem)
-        rows.run(_row_blocks(problem, region, rows), {"kl": kl, **region.arguments(None)})
+        region, no_parts = _whole(problem), {"kl_parts": None, "part_count": 0, "part_rows": 0}
+        rows.run(_row_blocks(problem, region, rows), {**no_parts, **region.arguments(None)})
         return
     slopes = _slopes_kernel(problem, teacher_lse, row_state)
     slopes.arguments["teacher_lse_rest"] = lse_rest
-    blocks = _blocks(problem.sizes["key_length"], slopes.tile.block_k)
-    kl_parts = kl.new_empty(blocks, *kl.shape)
     unit = _unit(slopes, rows)
     regions = regions_of(_whole(problem), unit)
     scratch = _scratch(regions, unit, row_state)
+    entries, part_rows, columns = scratch.shape
+    part_count = columns // slopes.tile.block_k
+    kl_parts = scratch.new_empty(entries, part_count, part_rows)
+    parts = {"kl_parts": kl_parts, "part_count": part_count}
     for region in regions:
+        _fill(scratch, slopes, region, parts)
         window = region.arguments(scratch)
-        _fill(scratch, slopes, region, kl_parts)
-        rows.run(_row_blocks(problem, region, rows), {"kl": None, **window})
-    torch.sum(kl_parts, 0, out=kl)
+        rows.run(_row_blocks(problem, region, rows), {**parts, "part_rows": part_rows, **window})
 
 
 def two_pass_backward(
@@ -154,7 +155,7 @@ def two_pass_backward(
     for region in regions:
         window = region.arguments(scratch)
         if scratch is not None:
-            _fill(scratch, slopes, region, kl_parts=None)
+            _fill(scratch, slopes, region, {"kl_parts": None, "part_count": 0})
         rows.run(_row_blocks(problem, region, rows), window)
         keys.run(_key_blocks(problem, region, keys), window)
     for grad, total in zip((grad_query, grad_key, grad_value), row_sums + key_sums, strict=False):
@@ -292,13 +293,12 @@ def _sums(grads: list[Tensor], of_several: bool) -> list[Tensor]:
     ]
 
 
-def _fill(scratch: Tensor, slopes: Kernel, region: Region, kl_parts: Tensor | None) -> None:
+def _fill(scratch: Tensor, slopes: Kernel, region: Region, parts: Arguments) -> None:
     """Fill the scratch with a region's slopes, beyond its ends as far as other kernels' tiles."""
     _, rows, columns = scratch.shape
     region = region._replace(queries=rows, keys=columns)
     tiles = (rows // slopes.tile.block_q) * (columns // slopes.tile.block_k)
-    arguments = {"kl_parts": kl_parts, **region.arguments(scratch)}
-    slopes.run(region.entries * tiles, arguments)
+    slopes.run(region.entries * tiles, {**parts, **region.arguments(scratch)})
 
 
 def _row_blocks(problem: Problem, region: Region, kernel: Kernel) -> int:

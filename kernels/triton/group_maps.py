@@ -12,10 +12,10 @@ Two other ways were weighed. To average anew for each head takes H times an aver
 program for all heads of a block of queries (or keys) averages in both backward kernels: 11 products
 and 6 exponentials a pair and head where these take 2 + 3 + 4 = 9 and 4. It has the accumulators of
 all heads, 64 KiB of 8 heads, 64 rows and head_dim 32, a fourth of a multiprocessor's registers, or
-adds to memory at every tile. And there are few of them: 34 at B = 2 and 1064 tokens, 66 at B = 1 and
-4200 tokens, for 108 to 148 multiprocessors. A window has 136 and 176 programs of each backward
-kernel there. The price are 4 bytes a pair and head that both backward kernels, and one forward,
-read from the L2 cache. All of this is counted, not measured: no GPU has run it yet.
+adds to memory at every tile. And there are few of them: 34 at B = 2 and 1064 tokens, 66 at B = 1
+and 4200 tokens, for 108 to 148 multiprocessors; of a window there, each backward kernel has 136 and
+176. The price is 4 bytes a pair and head that both backward kernels, and one forward, read from the
+L2 cache. All of this is counted, not measured: no GPU has run it yet.
 """
 
 from typing import Any, NamedTuple
@@ -54,6 +54,8 @@ UNSPECIALIZED = (
     "queries",
     "key",
     "keys",
+    "part_count",
+    "part_rows",
 )
 
 
@@ -168,7 +170,8 @@ def group_slopes_kernel(
     slopes,  # of the window, to be filled
     row_stride,
     entry_stride,
-    kl_parts,  # [key blocks, B, Lq]: what each adds to the divergence; None where nobody asks
+    kl_parts,  # [entries, part_count, rows]: each key block's of the divergence, or None
+    part_count,
     scales: Scales,
     batch_heads,
     heads,
@@ -200,9 +203,6 @@ def group_slopes_kernel(
     )
     tl.store(window_tile(window, entry, row, column, V, False), slope(log_a, log_b, V))
     if kl_parts is not None:
-        part = tl.sum(value(log_a, log_b, V), 1)
-        rows = first_row + tl.arange(0, V.block_q)
-        block = tl.cast(first_key // V.block_k, tl.int64) * (batch_heads // heads) + b
-        # Of columns beyond the last key there is no part.
-        if first_key < key_length:
-            tl.store(kl_parts + block * query_length + rows, part, mask=rows < query_length)
+        part = tl.cast(entry, tl.int64) * part_count + column // V.block_k
+        at = kl_parts + part * queries + row + tl.arange(0, V.block_q)
+        tl.store(at, tl.sum(value(log_a, log_b, V), 1))

@@ -3,8 +3,8 @@
 These are js and mse, and all of them on maps averaged over heads. The first pass (`forward`) has
 left every row's output, LSE, origin and inverse sum, and the teacher's LSE. Of single heads,
 `two_pass_rows_kernel` computes divergence and correction together; of averaged maps,
-`group_slopes_kernel` has computed the divergence of a window of them, and what is left is each
-head's correction
+`group_slopes_kernel` has computed each key block's part of the divergence in a window of them. Left
+are the sum of these, which the first head's programs take, and each head's correction
     c_h = sum_j a_hj phi'_j
 window by window, each of a row's adding to what those before have stored.
 """
@@ -41,7 +41,10 @@ def two_pass_forward_kernel(
     slopes,  # of the window of averaged maps, or None
     row_stride,
     entry_stride,
-    kl,  # [B, H, Lq], or None where maps are averaged
+    kl_parts,  # of averaged maps, [entries, part_count, part_rows], or None
+    part_count,
+    part_rows,
+    kl,  # [B, H, Lq], of averaged maps [B, Lq]
     state,  # [3, B, H, Lq]: origin and inverse sum are read, the correction is written
     scales: Scales,
     batch_heads,
@@ -96,5 +99,14 @@ def two_pass_forward_kernel(
             slope_tile = tl.load(window_tile(window, entry, row, column, V, False))
         correction += tl.sum(weighted_slope(a, log_a, slope_tile, V), 1)
     tl.store(correction_at, correction, mask=valid)
-    if kl is not None:
+    if kl_parts is None:
         tl.store(kl + at, divergence, mask=valid)
+    elif h == 0:
+        kl_at = kl + tl.cast(b, tl.int64) * query_length + rows
+        if key > 0:
+            divergence = tl.load(kl_at, mask=valid, other=0.0)
+        parts = kl_parts + tl.cast(entry, tl.int64) * part_count * part_rows + row
+        for part in tl.range(0, part_count):
+            parts_at = parts + part * part_rows + tl.arange(0, V.block_q)
+            divergence += tl.load(parts_at, mask=valid, other=0.0)
+        tl.store(kl_at, divergence, mask=valid)
