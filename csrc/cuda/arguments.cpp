@@ -20,7 +20,7 @@ DType mask_dtype(const Tensor& mask) {
     case at::kHalf: return DType::f16;
     default:
       TORCH_CHECK_TYPE(false, "attn_kd: attn_mask is ", mask.scalar_type(),
-                       "; backend 'cuda' takes bool, a floating dtype");
+                       "; backend 'cuda' takes bool or a floating dtype");
   }
 }
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
 
 import pytest
 import torch
 
-from tests.cuda.emulated import EmulatedGPU, compile_library, compile_operators
+from tests.cuda.emulated import EmulatedGPU, compile_library, compile_operators, obstacle
 
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The C functions of kernels/cuda and of the emulation."""
-    if shutil.which("c++") is None:
-        pytest.skip("no C++ compiler to compile the emulation with")
+    reason = obstacle()
+    if reason is not None:
+        pytest.skip(reason)
     return compile_library(tmp_path_factory.mktemp("emulation"))
 
 

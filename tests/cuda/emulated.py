@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import subprocess
 from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
@@ -62,6 +63,18 @@ class BackwardProblem(Structure):
         *((name, c_void_p) for name in ("teacher_lse", "grad_kl", "grad_lse")),
         *((name, View) for name in ("grad_query", "grad_key", "grad_value")),
     ]
+
+
+def obstacle() -> str | None:
+    """Why the emulation cannot be compiled here, if it cannot."""
+    compiler = compile_command()[0]
+    if shutil.which(compiler) is None:
+        return f"no C++ compiler: {compiler} was not found"
+    command = [compiler, "-dM", "-E", "-x", "c++", os.devnull]
+    macros = subprocess.run(command, capture_output=True, text=True).stdout
+    if "__FLT16_MAX__" not in macros:
+        return f"{compiler} has no _Float16, which the emulation computes with (g++ 12 has)"
+    return None
 
 
 def compile_library(folder: Path) -> ctypes.CDLL:

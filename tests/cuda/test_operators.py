@@ -11,7 +11,7 @@ from torch import Tensor
 from attn_kd.ops import fake
 from attn_kd.ops.arguments import Operands, Options
 from attn_kd.ops.backends import _cuda_refusal, facts_of
-from tests.cuda.emulated import ROOT, compile_command, torch_headers
+from tests.cuda.emulated import ROOT, compile_command, obstacle, torch_headers
 from tests.ops.cases import (
     Inputs,
     Sizes,
@@ -126,6 +126,7 @@ def test_refuses_what_the_choice_of_backends_refuses(operators, operands, option
         operators.forward(*operands, *options)
 
 
+@pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))
 def test_registration_compiles_beside_a_cpu_torch():
     for name in ("library", "stream"):
         source = ROOT / "csrc" / "cuda" / f"{name}.cpp"
