@@ -6,6 +6,7 @@ be compiled for. Importing this module imports Triton.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -130,7 +131,7 @@ def make_variant(
         operands.key.shape[2] if kernel == "backward_keys" else rows,
     )
     mask = operands.attn_mask
-    variant = Variant(
+    variant = _variant(
         block_q=tile.block_q,
         block_k=tile.block_k,
         head_dim=head_dim,
@@ -147,6 +148,10 @@ def make_variant(
         interpreted=is_interpreted(),
     )
     return variant, tile
+
+
+# Made once for each kind of call: wrapping its fields takes longer than a lookup.
+_variant = functools.lru_cache(maxsize=1024)(Variant)
 
 
 def student_of(problem: Problem) -> Student:
