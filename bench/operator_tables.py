@@ -75,12 +75,12 @@ def overhead_table(timings: list[Timing]) -> Table:
 
 def modes_table(timings: list[Timing]) -> Table:
     """Each mode beside the default."""
-    rows = [["shape", "pass", "mode", "time, ms", "of the default"]]
+    rows = [["shape", "dtype", "pass", "mode", "time, ms", "of the default"]]
     for timing in timings:
         for name in timing.seconds:
             mode = "default" if name == SUBJECT else name
             cells = [milliseconds(timing, name), ratio(timing.ratio(SUBJECT, name))]
-            rows.append([timing.shape, timing.pass_name, mode, *cells])
+            rows.append([timing.shape, timing.dtype, timing.pass_name, mode, *cells])
     return rows
 
 
