@@ -105,12 +105,12 @@ class BackwardWorker {
     teacher_key_.clear_hidden(bias_, key, keys, group);
     value_.clear_hidden(bias_, key, keys);
     logit_tile<Precision>(keys, 1, vectors, p_.head_dim, key_.rows(key), query_, p_.scale,
-                          minus_origin_, zeros_, bias_, logits_);
+                          minus_origin_, zeros_, bias_, logits_, at.rows);
     if constexpr (Div::kTeacher)
       logit_tile<Precision>(keys, group, vectors, p_.teacher_dim, teacher_key_.rows(group * key),
                             teacher_query_, p_.teacher_scale, minus_teacher_origin_, zeros_, bias_,
-                            teacher_logits_);
-    gradients_.multiply_values(0, value_.rows(key), keys, vectors, grad_probability_);
+                            teacher_logits_, at.rows);
+    gradients_.multiply_values(0, value_.rows(key), keys, at.rows, grad_probability_);
     dropout_.apply(grad_probability_, keys, vectors);
     for (int64_t lane = 0; lane < vectors * kLanes<T>; lane += kLanes<T>)
       grad_sweep<Div>(logits_ + lane, teacher_logits_ + lane, grad_probability_ + lane, keys,

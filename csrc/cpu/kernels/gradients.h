@@ -95,10 +95,11 @@ class Gradients {
   T* offset(int64_t i) { return offset_ + i * P; }
 
   // dP = V dO of a tile; with no gradient of the output the depth is 0, and it becomes zeros.
-  void multiply_values(int64_t i, Left<Element> value, int64_t keys, int64_t vectors, T* tile) {
+  void multiply_values(int64_t i, Left<Element> value, int64_t keys, int64_t rows, T* tile) {
     constexpr Sum kSum = Precision::kFoldFactors ? Sum::alone : Sum::scaled_plus_row;
-    gemm<false, kSum, P>(keys, vectors, Precision::depth(value_dim_), value, grad_output(i), tile,
-                         P, Epilogue<T>{zeros_, T(p_.dropout.keep_factor)});
+    rows_times_panel<kSum>(keys, ceil_div(rows, kLanes<T>), rows, Precision::depth(value_dim_),
+                           value, grad_output(i), tile,
+                           Epilogue<T>{zeros_, T(p_.dropout.keep_factor)});
   }
 
   // Adds what the keys from `key` on, counted from the first of the chunk, contribute.
@@ -108,8 +109,8 @@ class Gradients {
     gemm_rows(keys, head_ld_ / kLanes<T>, depth,
               Precision::as_rows(grad_logits, keys, vectors, rounded_rows_), query_rows(i),
               grad_key_ + (i * chunk_ + key) * head_ld_, head_ld_);
-    gemm<true, Sum::onto, P>(
-        p_.head_dim, vectors, Precision::depth(keys), key_columns,
+    columns_times_panel(
+        p_.head_dim, vectors, rows, Precision::depth(keys), key_columns,
         Precision::as_columns(grad_logits, keys, vectors, rounded_rows_, rounded_columns_),
         grad_query(i));
     gemm_rows(keys, value_ld_ / kLanes<T>, depth,

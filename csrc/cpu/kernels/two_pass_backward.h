@@ -132,7 +132,7 @@ class TwoPassBackwardWorker {
       value_.clear_hidden(maps_.mask(i, first_key, keys), 0, keys);
     }
     dropout_.draw(at.b * p_.heads + h, at.first_row, first_key, keys, vectors);
-    gradients_.multiply_values(i, value_.rows(0), keys, vectors, grad_probability_);
+    gradients_.multiply_values(i, value_.rows(0), keys, at.rows, grad_probability_);
     dropout_.apply(grad_probability_, keys, vectors);
     for (int64_t lane = 0; lane < vectors * kLanes<T>; lane += kLanes<T>)
       group_grad_sweep<Div::kLogRatio, T>(
