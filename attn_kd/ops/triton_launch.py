@@ -13,16 +13,12 @@ from typing import Any, NamedTuple
 import triton
 from torch import Tensor
 
-from attn_kd.kernels.triton.backward import (
-    RowGradients,
-    backward_keys_kernel,
-    backward_rows_kernel,
-    row_constants_kernel,
-)
+from attn_kd.kernels.triton.backward import backward_keys_kernel, backward_rows_kernel
 from attn_kd.kernels.triton.configurations import Tiling, tiling
 from attn_kd.kernels.triton.forward import RowResults, forward_kernel
 from attn_kd.kernels.triton.operands import Mask, Operand, Scales, Student, Teacher
 from attn_kd.kernels.triton.philox import Noise
+from attn_kd.kernels.triton.row_constants import RowGradients, row_constants_kernel
 from attn_kd.kernels.triton.variant import Variant
 from attn_kd.ops.triton_problem import Problem, mask_strides, products_precision
 
