@@ -1,5 +1,5 @@
 """The operator's kernels in Triton, and the tables they are launched from; nothing of torch.
 
 A kernel's operands, its sizes and what it is compiled for are named tuples and `Variant`s (see
-`tiles`), made in one place, attn_kd/ops/triton_launch.py.
+`operands` and `variant`), made in one place, attn_kd/ops/triton_launch.py.
 """
