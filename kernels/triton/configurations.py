@@ -22,8 +22,8 @@ class Tiling(NamedTuple):
     rescale_above: int = 0
 
 
-# Where Triton interprets: several tiles at the sizes of tests.
-INTERPRETED = Tiling(64, 128, 4, 1)
+# Where Triton interprets: large tiles, since an operation takes as long on a small one.
+INTERPRETED = Tiling(128, 128, 4, 1)
 
 WIDTHS = (32, 64, 128, 256)  # classes of the widest of D, Dv and Dt
 KERNELS = (
@@ -74,9 +74,9 @@ _HALF = {
     ("two_pass_backward_rows", 256): Tiling(32, 32, 8, 1),
 }
 
-# The same where any operand is float32. Not tuned: Triton unrolls IEEE products, which no tensor core
-# computes, over the whole width, and keeps the operands in registers, so that these kernels spill
-# (forward and backward_rows at a width of 32 a few bytes, wider ones a kilobyte).
+# The same where any operand is float32. Not tuned: no tensor core computes IEEE products, and Triton
+# unrolls them over the whole width with the operands in registers, so that these kernels spill
+# (forward and backward_rows at a width of 32 some bytes, wider ones a kilobyte).
 _FLOAT = {
     ("forward", 32): Tiling(32, 32, 8, 1),
     ("forward", 64): Tiling(16, 32, 8, 1),
