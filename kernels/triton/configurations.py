@@ -76,7 +76,7 @@ _HALF = {
 
 # The same where any operand is float32. Not tuned: no tensor core computes IEEE products, and
 # Triton unrolls them over the whole width with the operands in registers, so that these kernels
-# spill (forward and backward_rows at a width of 32 some bytes, wider ones a kilobyte).
+# spill (forward and backward_rows at a width of 32 some bytes, of 64 a kilobyte, wider ones more).
 _FLOAT = {
     ("forward", 32): Tiling(32, 32, 8, 1),
     ("forward", 64): Tiling(16, 32, 8, 1),
