@@ -16,6 +16,8 @@ from attn_kd.ops.arguments import Operands, Options
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # the preferred ones first
 MAX_HEAD_DIM = 256  # of the compiled and the Triton kernels; the reference backend has no limit
 
+# What kernels/triton/separable.py has.
+_TRITON_DIVERGENCES = ("reverse_kl", "forward_kl", "js", "mse")
 # What the CUDA C++ kernels are compiled for.
 _CUDA_HEAD_DIMS = (32, 64)
 _CUDA_DTYPES = (torch.bfloat16, torch.float16)
@@ -152,6 +154,8 @@ def _cpu_refusal(call: Call) -> str | None:
 def _triton_refusal(call: Call) -> str | None:
     if torch.float64 in call.dtypes:
         return "float64 is for the CPU"
+    if call.divergence not in (None, *_TRITON_DIVERGENCES):
+        return f"no kernel for divergence={call.divergence!r}"
     return _width_refusal(call)
 
 

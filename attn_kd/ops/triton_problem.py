@@ -33,7 +33,7 @@ class Problem:
     @property
     def two_pass(self) -> bool:
         """Whether the divergence needs the maps themselves, which only a second pass has."""
-        return self.average_heads or self.divergence in ("js", "mse")
+        return self.average_heads or self.divergence not in ("none", "reverse_kl", "forward_kl")
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -11,7 +11,7 @@ import torch
 
 import attn_kd
 from attn_kd import InputError
-from attn_kd.ops import backends, extension
+from attn_kd.ops import backends, checks, extension
 from attn_kd.ops.arguments import Operands, Options
 from attn_kd.ops.backends import Call
 from tests.conftest import HAS_GPU
@@ -104,6 +104,20 @@ def test_float64_is_not_for_triton(pretended_gpu):
 
 
 SERVED = Call(GPU, (32, 32, 32), (torch.bfloat16,) * 3, "reverse_kl")
+
+
+def test_a_divergence_without_a_triton_kernel_is_refused_by_name(pretended_gpu):
+    call = Call(GPU, (32, 32, 32), divergence="total_variation")
+    with pytest.raises(InputError, match="no kernel for divergence='total_variation'"):
+        backends.select_backend("triton", call)
+
+
+def test_triton_has_a_kernel_for_every_divergence(pretended_gpu):
+    for divergence in checks.DIVERGENCES:
+        assert (
+            backends.select_backend(None, Call(GPU, (32, 32, 32), divergence=divergence))
+            == "triton"
+        )
 
 
 def test_the_cuda_kernels_are_chosen_by_name_alone(pretended_gpu):
