@@ -114,10 +114,8 @@ def test_a_divergence_without_a_triton_kernel_is_refused_by_name(pretended_gpu):
 
 def test_triton_has_a_kernel_for_every_divergence(pretended_gpu):
     for divergence in checks.DIVERGENCES:
-        assert (
-            backends.select_backend(None, Call(GPU, (32, 32, 32), divergence=divergence))
-            == "triton"
-        )
+        call = Call(GPU, (32, 32, 32), divergence=divergence)
+        assert backends.select_backend(None, call) == "triton"
 
 
 def test_the_cuda_kernels_are_chosen_by_name_alone(pretended_gpu):
