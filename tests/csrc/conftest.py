@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
+import torch
 
 from attn_kd.ops import extension
 from tests.ops.conftest import exact_products, threads  # noqa: F401  (fixtures)
@@ -30,3 +31,13 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     extension.module.set_instruction_set(request.param)
     yield request.param
     extension.module.set_instruction_set(before)
+
+
+@pytest.fixture
+def filled_results() -> Iterator[None]:
+    """Memory that torch hands out, as it does for results and partial sums, is full of NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)

@@ -7,8 +7,6 @@ for several heads together; micro-kernels of 4, 6, 8 or 12 rows and 1 to 4 vecto
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -235,16 +233,6 @@ def test_padding_lanes_hold_nothing_of_the_previous_panel():
     second = run_backend("cpu", inputs._replace(query=query), cotangents)
     for name in ("output", "kl", "lse", "grad_query"):
         assert torch.equal(first[name][:, :, 64:], second[name][:, :, 64:]), name
-
-
-@pytest.fixture
-def filled_results() -> Iterator[None]:
-    """Memory that torch hands out, as it does for results and partial sums, is full of NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 def rows_and_keys(Lq: int, Lk: int) -> dict[str, Tensor | None]:
