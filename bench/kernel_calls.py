@@ -102,7 +102,7 @@ CALLS = {
     "key padding": KernelCall(mask="keys", tuned=True),
     "mask of pairs, dropout": KernelCall(mask="pairs", dropout_p=0.1),
     "forward_kl": KernelCall(divergence="forward_kl", tuned=True),
-    "attention": KernelCall(teacher=False, tuned=True),
+    "attention": KernelCall(teacher=False),  # on sm_100 the rows' gradients spill 16 bytes
     "divergence alone": KernelCall(value=False, tuned=True),
     "js": KernelCall(divergence="js", tuned=True),
     "mse": KernelCall(divergence="mse", tuned=True),
