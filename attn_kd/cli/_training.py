@@ -17,7 +17,13 @@ from attn_kd.cli._arguments import (
     resolve_device,
     whole_number,
 )
-from attn_kd.training.config import MIXED_PRECISIONS, SCHEDULES, TrainingConfig, read_json
+from attn_kd.training.config import (
+    MIXED_PRECISIONS,
+    SCHEDULES,
+    TrainingConfig,
+    read_json,
+    with_present_names,
+)
 from attn_kd.training.records import RECORD_FILE, RunRecord
 
 if TYPE_CHECKING:
@@ -137,7 +143,9 @@ def configuration(args: argparse.Namespace, **known: Any) -> TrainingConfig:
 def _settings(path: Path) -> dict[str, Any]:
     """The settings in a file: alone, or in the record of a run (its ``training.json``)."""
     values = read_json(path, dict)
-    return RunRecord.load(path).config.to_dict() if "config" in values else values
+    if "config" in values:
+        return RunRecord.load(path).config.to_dict()
+    return with_present_names(values)
 
 
 def run_options(args: argparse.Namespace, title: str) -> dict[str, Any]:

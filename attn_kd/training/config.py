@@ -30,6 +30,9 @@ RESUMABLE_FIELDS = frozenset(
     {"log_steps", "save_steps", "eval_steps", "num_workers", "tensorboard"}
 )
 
+#: What a field was called in files of earlier versions -> its name.
+_FORMER_NAMES = {"layer_kinds": "kinds"}
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
@@ -159,9 +162,12 @@ class TrainingConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> TrainingConfig:
         """Make a configuration of ``values``; fields left out take their defaults.
 
+        A field may have the name that it had in an earlier version.
+
         Raises:
             InputError: a name is no field (the nearest is suggested), or a value is refused.
         """
+        values = with_present_names(values)
         _refuse_unknown_fields(values)
         return cls(**values)
 
@@ -187,6 +193,11 @@ class TrainingConfig:
             if field.name not in RESUMABLE_FIELDS
             and (mine := getattr(self, field.name)) != (theirs := getattr(other, field.name))
         }
+
+
+def with_present_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by name, as an earlier version may have written them, by the names of this one."""
+    return {_FORMER_NAMES.get(name, name): value for name, value in values.items()}
 
 
 def read_json(path: str | os.PathLike, kind: type) -> Any:

@@ -103,10 +103,11 @@ class RunRecord:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> RunRecord:
-        """Read a record.
+        """Read a record, of this version or an earlier one.
 
         Raises:
-            InputError: the file is missing or broken.
+            InputError: the file is missing or broken, or a setting in it is refused; the message
+                names the file.
         """
         values = read_json(path, dict)
         try:
@@ -118,6 +119,8 @@ class RunRecord:
             return cls(config, teacher, values.get("data"), cache)
         except (KeyError, TypeError) as error:
             raise InputError(f"{path} is no record of a training run: {error}") from None
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
 
     def require_continues(self, earlier: RunRecord, where: str | os.PathLike) -> None:
         """Check that this run, resumed, would go on with what ``earlier`` began.

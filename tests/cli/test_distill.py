@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -117,6 +118,49 @@ def test_explicit_layers_and_heads_are_the_settings_that_a_run_resumes_with(
     capsys.readouterr()
     assert distill(teacher, data, out, "--resume", "--layers", "last") == 2
     assert "layers is 'last', it was {'model.encoder." in capsys.readouterr().err
+
+
+def edit_settings(folder, edit):
+    """Change the settings in the record of a run."""
+    path = folder / "training.json"
+    record = json.loads(path.read_text())
+    edit(record["config"])
+    path.write_text(json.dumps(record))
+
+
+def make_old(config):
+    """As records were before kinds had their name and grids could be given."""
+    config["layer_kinds"] = config.pop("kinds")
+    del config["teacher_grid"], config["student_grid"]
+
+
+def test_records_of_an_earlier_version(teacher, data, tmp_path, capsys):
+    old, out = tmp_path / "old", tmp_path / "out"
+    shutil.copytree(teacher, old)
+    edit_settings(old, make_old)
+    assert distill(str(old), data, out, "--kinds", "decoder_self") == 0
+    edit_settings(out, make_old)
+    assert distill(str(old), data, out, "--resume", "--kinds", "decoder_self") == 0
+    capsys.readouterr()
+    assert distill(str(old), data, out, "--resume", "--kinds", "encoder_self") == 2
+    assert "kinds is ('encoder_self',), it was ('decoder_self',)" in capsys.readouterr().err
+
+
+def test_argument_overrides_a_setting_of_former_name(teacher, data, plain, tmp_path):
+    file = tmp_path / "settings.json"
+    file.write_text('{"layer_kinds": ["decoder_self"]}')
+    options = ["--resume", "--config", str(file)]
+    assert distill(teacher, data, plain, *options, "--kinds", "encoder_self") == 0
+    assert distill(teacher, data, plain, *options) == 2
+
+
+def test_record_with_a_setting_that_is_refused_is_named(teacher, data, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    shutil.copytree(teacher, broken)
+    edit_settings(broken, lambda config: config.update(alpha=2.0))
+    assert distill(str(broken), data, tmp_path / "out") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{broken / 'training.json'}: alpha is 2.0; expected" in line
 
 
 def test_occupied_folder_is_refused_with_the_ways_out(teacher, data, plain, capsys):

@@ -122,6 +122,11 @@ def test_unknown_field_suggests_the_nearest():
         TrainingConfig.from_dict({"learning_rte": 1e-4})
 
 
+def test_former_name_of_a_field_is_read():
+    config = TrainingConfig.from_dict({"layer_kinds": ["decoder_self"]})
+    assert config.kinds == ("decoder_self",)
+
+
 @pytest.mark.parametrize("content", ["{", "[1]", "\xff"], ids=["cut off", "a list", "binary"])
 def test_broken_file_is_named(tmp_path, content):
     path = tmp_path / "training.json"
