@@ -18,8 +18,9 @@ from tests.ops.cases import (
 
 # one head: the backward pass splits the keys between threads, whose sums must be added in order
 ONE_HEAD = Sizes(B=1, H=1, Lq=130, Lk=600)
-# few rows: the forward pass splits the keys too, into ranges whatever the number of threads
-ONE_QUERY = Sizes(B=1, H=2, Lq=1, Lk=1100)
+# few rows: the forward pass splits the keys too, into ranges whatever the number of threads; heads
+# so wide that it is worth several threads
+ONE_QUERY = Sizes(B=1, H=2, Lq=1, Lk=1100, D=32, Dv=32, Dt=32)
 SIZES = {
     "one head": ONE_HEAD,
     "several heads": Sizes(Lq=130, Lk=200),
