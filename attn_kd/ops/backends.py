@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from attn_kd._build import missing_cuda_reason
 from attn_kd.errors import InputError
 from attn_kd.ops import extension
 from attn_kd.ops.arguments import Operands, Options
@@ -18,6 +19,9 @@ MAX_HEAD_DIM = 256  # of the compiled and the Triton kernels; the reference back
 
 # What kernels/triton/separable.py has.
 _TRITON_DIVERGENCES = ("reverse_kl", "forward_kl", "js", "mse")
+# Consumer GPUs have 100 KiB of shared memory a multiprocessor; tiles of wider heads take 116.
+_LITTLE_SHARED_MEMORY = ((8, 6), (8, 9), (12, 0), (12, 1))
+_LITTLE_SHARED_WIDTH = 128
 # What the CUDA C++ kernels are compiled for.
 _CUDA_HEAD_DIMS = (32, 64)
 _CUDA_DTYPES = (torch.bfloat16, torch.float16)
@@ -41,14 +45,16 @@ class Call(NamedTuple):
     head_reduction: str = "none"
     dropout_p: float = 0.0
     group: int = 1  # the teacher's keys to each of the student's
-    mask_has_rows: bool = False  # a query dimension
+    mask_has_rows: bool = False  # a query dimension that is not expanded
 
 
 def facts_of(operands: Operands, options: Options) -> Call:
     """Return what of a call decides its backend."""
     query, key, value, teacher_query, teacher_key, _, mask, _ = operands
     head_dims = (query.shape[3], value.shape[3])
-    mask_has_rows = mask is not None and mask.dim() >= 2 and mask.shape[-2] != 1
+    mask_has_rows = (
+        mask is not None and mask.dim() >= 2 and mask.shape[-2] != 1 and mask.stride(-2) != 0
+    )
     if teacher_query is None or teacher_key is None:
         return Call(
             query.device,
@@ -156,6 +162,11 @@ def _triton_refusal(call: Call) -> str | None:
         return "float64 is for the CPU"
     if call.divergence not in (None, *_TRITON_DIVERGENCES):
         return f"no kernel for divergence={call.divergence!r}"
+    widest = max(call.head_dims)
+    if widest > _LITTLE_SHARED_WIDTH and _little_shared_memory(call.device.type, call.device.index):
+        return (
+            f"head_dim {widest} exceeds {_LITTLE_SHARED_WIDTH}, what this GPU's shared memory holds"
+        )
     return _width_refusal(call)
 
 
@@ -171,9 +182,12 @@ def _cuda_refusal(call: Call) -> str | None:
     if dtype not in _CUDA_DTYPES or any(other != dtype for other in call.dtypes):
         return "needs bfloat16 or float16, the same for student and teacher"
     if head_dim not in _CUDA_HEAD_DIMS or value_dim != head_dim:
-        return f"needs a head_dim in {_CUDA_HEAD_DIMS} and a value as wide"
+        return (
+            f"needs a head_dim in {_CUDA_HEAD_DIMS} and a value as wide, "
+            f"not {head_dim} and {value_dim}"
+        )
     if call.divergence is not None and teacher_dim != head_dim:
-        return "needs a teacher of the student's head_dim"
+        return f"needs a teacher of the student's head_dim {head_dim}, not {teacher_dim}"
     if call.divergence not in (None, "reverse_kl"):
         return f"no kernel for divergence={call.divergence!r}"
     if call.head_reduction != "none":
@@ -203,6 +217,15 @@ def _machine_refusal(name: str, device_type: str, index: int | None) -> str | No
 # What torch.compiler.assume_constant_result does, but for importing the compiler: torch.compile
 # shall not trace this, but ask it once.
 _machine_refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _little_shared_memory(device_type: str, index: int | None) -> bool:
+    if device_type != "cuda":
+        return False
+    return torch.cuda.get_device_capability(index) in _LITTLE_SHARED_MEMORY
+
+
+_little_shared_memory._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def interprets_triton() -> bool:
@@ -243,7 +266,8 @@ def _cuda_kernels_missing() -> str | None:
     # csrc/cuda registers it where it was linked in.
     operator = "attn_kd::attention_kl_forward"
     if not torch._C._dispatch_has_kernel_for_dispatch_key(operator, "CUDA"):
-        return "the compiled extension was built without CUDA"
+        reason = missing_cuda_reason()
+        return "the extension was built without CUDA" + (f": {reason}" if reason else "")
     return None
 
 

@@ -82,7 +82,17 @@ def _run_checked(operands: Operands, options: Options, backend: str | None) -> R
 def _operator(backend: str, operands: Operands, options: Options) -> Results:
     # The device of the tensors tells the compiled operator "cpu" from "cuda".
     if backend == "triton":
+        _refuse_tangents(operands)
         results = triton_operator.forward_operator(*operands, *options)
     else:
         results = torch.ops.attn_kd.attention_kl_forward(*operands, *options)
     return results[:3]
+
+
+def _refuse_tangents(operands: Operands) -> None:
+    """Raise where a tensor carries a tangent, which an operator defined in Python would drop."""
+    if torch.autograd.forward_ad._current_level < 0:
+        return
+    for tensor in operands[:3]:
+        if torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError("attn_kd: forward-mode differentiation is not supported")

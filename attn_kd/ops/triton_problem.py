@@ -84,7 +84,7 @@ def make_problem(operands: Operands, options: Options) -> Problem:
         teacher_scale = _resolved_scale("teacher_scale", options.teacher_scale, teacher_query)
         wide = torch.promote_types(teacher_query.dtype, teacher_key.dtype)
         teacher_query, teacher_key = in_reach(teacher_query.to(wide)), teacher_key.to(wide)
-        teacher_key = in_reach(teacher_key)
+        teacher_key = in_reach(teacher_key, teacher_key.shape[2] // key.shape[2])
     if mask is not None:
         mask = _mask(mask, query, key, teacher_query)
     _check_seed(seed, options.dropout_p, query)
@@ -211,9 +211,13 @@ def _resolved_scale(name: str, scale: float | None, query: Tensor) -> float:
     return scale
 
 
-def in_reach(tensor: Tensor) -> Tensor:
-    """The tensor if its last stride is 1 and its rows lie within reach of 32 bits, else a copy."""
-    if (tensor.stride(3) == 1 or tensor.shape[3] <= 1) and tensor.stride(2) < _FARTHEST_ROW:
+def in_reach(tensor: Tensor, group: int = 1) -> Tensor:
+    """The tensor if its last stride is 1 and its rows lie within reach of 32 bits, else a copy.
+
+    A tile of keys that stand for groups of rows reaches that many times as far.
+    """
+    reach = group * tensor.stride(2)
+    if (tensor.stride(3) == 1 or tensor.shape[3] <= 1) and reach < _FARTHEST_ROW:
         return tensor
     return tensor.contiguous()
 
@@ -229,6 +233,8 @@ def _mask(mask: Tensor, query: Tensor, key: Tensor, teacher_query: Tensor | None
             f"attn_mask has shape {tuple(mask.shape)}, expected one that broadcasts to {full}"
         )
     check_shape("attn_mask", mask, mask.shape, query)
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(f"attn_mask is {mask.dtype}, expected torch.bool or a floating dtype")
     mask = mask[(None,) * (4 - mask.dim())]
     one_for_all = mask.shape[1] == 1 or mask.stride(1) == 0
     if teacher_query is not None and teacher_query.shape[1] != query.shape[1] and not one_for_all:

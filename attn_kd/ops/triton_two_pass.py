@@ -250,8 +250,10 @@ def regions_of(whole: Region, unit: int) -> list[Region]:
     for every block of either side.
     """
     _, batch, _, queries, _, keys = whole
-    entries = max(1, min(batch, REGION_ELEMENTS // (queries * keys)))
-    key_step = _step(keys, max(math.isqrt(REGION_ELEMENTS), REGION_ELEMENTS // queries), unit)
+    # The scratch holds whole tiles, which are most of it where a side is short.
+    rows, columns = _round_up(queries, unit), _round_up(keys, unit)
+    entries = max(1, min(batch, REGION_ELEMENTS // (rows * columns)))
+    key_step = _step(keys, max(math.isqrt(REGION_ELEMENTS), REGION_ELEMENTS // rows), unit)
     query_step = _step(queries, REGION_ELEMENTS // key_step, unit)
     return [
         Region(

@@ -15,7 +15,11 @@ from attn_kd.kernels.triton.tiles import LN2, LOG2E
 @triton.jit
 def term(p, b, u, V: tl.constexpr):
     """What a pair adds to its row's sum."""
-    added = p * u if V.divergence == "reverse_kl" else -(b * u)
+    if V.divergence == "reverse_kl":
+        added = p * u
+    else:
+        tl.static_assert(V.divergence == "forward_kl")
+        added = -(b * u)
     return added
 
 
@@ -75,5 +79,6 @@ def grad_logit(a, t, u, grad_probability, slope, V: tl.constexpr):
     if V.divergence == "reverse_kl":
         grad = a * (grad_probability + slope * u)
     else:
+        tl.static_assert(V.divergence == "forward_kl")
         grad = a * grad_probability - slope * tl.exp2(t)
     return grad

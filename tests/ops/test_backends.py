@@ -112,6 +112,14 @@ def test_a_divergence_without_a_triton_kernel_is_refused_by_name(pretended_gpu):
         backends.select_backend("triton", call)
 
 
+def test_wide_heads_are_refused_where_shared_memory_is_little(pretended_gpu):
+    wide = Call(GPU, (256, 256, 256))
+    pretended_gpu(8, 9)
+    assert backends.select_backend("triton", wide._replace(head_dims=(128, 128, 128))) == "triton"
+    with pytest.raises(InputError, match="head_dim 256 exceeds 128"):
+        backends.select_backend("triton", wide)
+
+
 def test_triton_has_a_kernel_for_every_divergence(pretended_gpu):
     for divergence in checks.DIVERGENCES:
         call = Call(GPU, (32, 32, 32), divergence=divergence)

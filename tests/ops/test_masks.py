@@ -195,3 +195,11 @@ def test_a_constant_bias_shifts_the_lse_alone(backend, shift, divergence):
     shifted["lse"] -= shift
     for name in expected:
         torch.testing.assert_close(shifted[name], expected[name], rtol=1e-10, atol=1e-10)
+
+
+@every_divergence
+@pytest.mark.parametrize("head_reduction", ["none", "mean"])
+def test_large_bias_beside_rows_that_do_not_exist(backend, head_reduction, divergence):
+    """Lq is no multiple of a block, and 100 added to a logit of 0 has no float32 exponential."""
+    bias = torch.full((1, 1, 1, Lk), 100.0)
+    check(backend, bias, divergence=divergence, head_reduction=head_reduction)

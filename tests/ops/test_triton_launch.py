@@ -84,3 +84,4 @@ def test_rows_that_are_far_apart_are_copied():
     near = torch.empty(1, device="meta").as_strided((1, 1, 4, 8), (0, 0, 2**22, 1))
     far = torch.empty(1, device="meta").as_strided((1, 1, 4, 8), (0, 0, 2**23, 1))
     assert in_reach(near) is near and in_reach(far).is_contiguous()
+    assert in_reach(near, group=2).is_contiguous()

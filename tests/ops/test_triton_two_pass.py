@@ -29,6 +29,8 @@ MAPS = {
     "cross": (8, 100, 1064),
     "one query": (3, 1, 5_000_000),
     "one key": (2, 3_000_001, 1),
+    "many small ones": (8192, 16, 16),
+    "many short ones": (512, 1, 1000),
 }
 
 
@@ -49,8 +51,13 @@ def test_regions_cover_every_pair_once(shape):
 def test_a_region_is_bounded_whatever_the_lengths(shape):
     """Rounding either side up to tiles adds less than a fourth to a square region."""
     batch, queries, keys = shape
-    for region in regions_of(Region(0, batch, 0, queries, 0, keys), UNIT):
-        assert region.entries * region.queries * region.keys <= 1.25 * REGION_ELEMENTS
+    regions = regions_of(Region(0, batch, 0, queries, 0, keys), UNIT)
+    scratch = triton_two_pass._scratch(regions, UNIT, torch.empty(0, device="meta"))
+    assert scratch.numel() <= 1.25 * REGION_ELEMENTS
+    for region in regions:
+        tiles = [-(-size // UNIT) * UNIT for size in (region.queries, region.keys)]
+        assert region.entries <= scratch.shape[0]
+        assert tiles[0] <= scratch.shape[1] and tiles[1] <= scratch.shape[2]
 
 
 @pytest.mark.parametrize("backend", ["triton"], indirect=True)
