@@ -126,7 +126,8 @@ struct BackwardProblem : Problem {
   Output grad_key, grad_value;     // [B, H, Lk, D], [B, H, Lk, Dv]
 };
 
-// The kernels of one instruction set. Tasks [begin, end) are independent of each other; `heads` is
+// The kernels of one instruction set. Tasks [begin, end) may run in any order and at the same time,
+// but each of them once: those of a forward pass with key_splits > 1 count the arrivals. `heads` is
 // B * H and `groups` B where heads are averaged, else B * H:
 //   forward          heads * ceil(Lq / (panel * panels_per_task)) * key_splits
 //   backward         heads * key_splits

@@ -52,8 +52,8 @@ inline vec<T> load_elements(const T* p) {
 }
 
 // Two bfloat16 numbers that follow each other along the depth of a product, the first one in the
-// low half.
-struct Pair {
+// low half. Pairs also move as if they were floats, hence may_alias.
+struct [[gnu::may_alias]] Pair {
   uint32_t bits;
 };
 

@@ -35,10 +35,10 @@ inline void add_map(T* logits, T* average, int64_t keys, vec<T> weight) {
   }
 }
 
-// A highest logit no lower than this: what lies below is hidden, and of pairs hidden from both maps
-// the logarithms must agree.
+// A highest logit no lower than this: only hidden pairs lie below, and of pairs hidden from both
+// maps the logarithms must agree.
 template <class T>
-inline constexpr T kLowestLogit = T(4 * kHidden);
+inline constexpr T kLowestLogit = T(-1e15);
 
 // The same relative to the highest logit of all heads: average += weight * 2^(logit - highest),
 // with one exponential, be the highest the new logit or the old.

@@ -29,6 +29,7 @@ inline constexpr int kVectorBytes = 16;
 #endif
 
 template <class T>
+  requires std::is_arithmetic_v<T>
 struct VectorOf {
   typedef T type __attribute__((vector_size(kVectorBytes)));
 };
