@@ -78,8 +78,8 @@ _ATTENTION_OPTIONS = (
     Option(
         "--divergence",
         "divergence",
-        "of two maps: reverse_kl, KL(student || teacher) (default, the paper); forward_kl, "
-        "KL(teacher || student); js, Jensen-Shannon; mse, squared differences",
+        "of two maps, by the formulae of attn_kd.attention_kl (default: reverse_kl, which is "
+        "KL(student || teacher), the paper's)",
         str,
         DIVERGENCES,
     ),

@@ -65,7 +65,8 @@ class AttentionDistiller:
         layers: "last" (or None) pairs the final layers of both, "all" pairs every student layer
             with a teacher layer of like depth (`attn_kd.distill.depth_map`); or {student path:
             teacher path} of attention modules, as in `named_modules`.
-        divergence: "reverse_kl" (the paper's KL(student ‖ teacher)), "forward_kl", "js" or "mse".
+        divergence: one of those of `attn_kd.attention_kl`; "reverse_kl" is the paper's,
+            KL(student ‖ teacher).
         head_reduction: "none" compares heads one by one, "mean" the maps averaged over heads, of
             which the two models may then have different numbers.
         kinds: of layers that "last" and "all" choose: "encoder_self" (the paper's),
