@@ -5,8 +5,9 @@ that goes wrong here may keep it from being installed. The reason goes to the ou
 which pip shows with ``-v`` alone, and to ``attn_kd/_build.json``, from where the warning of the
 first call and ``attn-kd info`` tell it. ``ATTN_KD_BUILD_EXTENSION`` changes that: ``auto``
 (default), ``never``, or ``require`` (a failure to build is an error; for development). Where torch
-has CUDA and there is an nvcc, the extension contains the CUDA kernels too, unless
-``ATTN_KD_BUILD_CUDA`` is ``never``.
+has CUDA and there is an nvcc, the extension contains the CUDA kernels too; where these cannot be
+built, it is built without them, and the record says why. ``ATTN_KD_BUILD_CUDA`` takes the same
+three values: ``require`` makes an extension without CUDA kernels an error.
 """
 
 from __future__ import annotations
@@ -61,11 +62,11 @@ class BuildObstacleError(Exception):
     """The extension is left out; the message is the reason as the user will read it."""
 
 
-def build_mode() -> str:
-    """Return auto, never or require."""
-    mode = os.environ.get("ATTN_KD_BUILD_EXTENSION", "auto")
+def build_mode(part: str = "EXTENSION") -> str:
+    """Return auto, never or require, as ATTN_KD_BUILD_EXTENSION or _CUDA says."""
+    mode = os.environ.get(f"ATTN_KD_BUILD_{part}", "auto")
     if mode not in ("auto", "never", "require"):
-        sys.exit(f"ATTN_KD_BUILD_EXTENSION={mode!r}: expected auto, never or require")
+        sys.exit(f"ATTN_KD_BUILD_{part}={mode!r}: expected auto, never or require")
     return mode
 
 
@@ -137,17 +138,26 @@ def nvcc_release() -> tuple[int, int] | None:
     nvcc = Path(CUDA_HOME, "bin", "nvcc") if CUDA_HOME is not None else None
     if nvcc is None or not nvcc.exists():
         return None
-    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    try:
+        version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    except OSError:  # not for this machine, or not executable
+        return None
     release = re.search(r"release (\d+)\.(\d+)", version)
     return None if release is None else (int(release[1]), int(release[2]))
 
 
-def can_build_cuda(torch: ModuleType) -> bool:
-    """Whether torch is a CUDA build and a toolkit of the same major version is at hand."""
-    if torch.version.cuda is None or os.environ.get("ATTN_KD_BUILD_CUDA") == "never":
-        return False
+def cuda_obstacle(torch: ModuleType) -> str | None:
+    """Say why there cannot be CUDA kernels: they take a CUDA build of torch and its toolkit."""
+    if build_mode("CUDA") == "never":
+        return "ATTN_KD_BUILD_CUDA=never"
+    if torch.version.cuda is None:
+        return "torch is a CPU build"
     release = nvcc_release()
-    return release is not None and str(release[0]) == torch.version.cuda.split(".")[0]
+    if release is None:
+        return "no nvcc"
+    if str(release[0]) != torch.version.cuda.split(".")[0]:
+        return "nvcc {}.{} against CUDA {} of torch".format(*release, torch.version.cuda)
+    return None
 
 
 def gpu_code_flags() -> list[str]:
@@ -161,7 +171,7 @@ def gpu_code_flags() -> list[str]:
     return [f"-gencode=arch=compute_{arch},code={made}" for arch, made in code.items()]
 
 
-def define_extension(torch: ModuleType | None) -> Extension:
+def define_extension(torch: ModuleType | None, *, with_cuda: bool) -> Extension:
     """Describe the extension; without torch only so that the files reach a source archive."""
     main = sources("csrc/*.cpp", "csrc/cpu/*.cpp")
     cuda = sources("csrc/cuda/*.cpp", "kernels/cuda/*.cu")
@@ -171,7 +181,6 @@ def define_extension(torch: ModuleType | None) -> Extension:
 
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
-    with_cuda = bool(cuda) and can_build_cuda(torch)
     features = [f"-DATTN_KD_HAVE_{name.upper()}" for name in INSTRUCTION_SETS]
     if with_cuda:
         features.append("-DATTN_KD_HAVE_CUDA")
@@ -194,8 +203,13 @@ def define_extension(torch: ModuleType | None) -> Extension:
     )
 
 
-def build_command(torch: ModuleType | None, obstacle: BuildObstacleError | None) -> type[build_ext]:
-    """Return the build_ext command: torch's where there is one, made optional and multi-variant."""
+def build_command(
+    torch: ModuleType | None, obstacle: BuildObstacleError | None, no_cuda: str | None
+) -> type[build_ext]:
+    """Return the build_ext command: torch's where there is one, made optional and multi-variant.
+
+    The extension has CUDA kernels unless `no_cuda` says why not.
+    """
     base: Any = build_ext
     if torch is not None:
         from torch.utils.cpp_extension import BuildExtension
@@ -207,16 +221,17 @@ def build_command(torch: ModuleType | None, obstacle: BuildObstacleError | None)
             if self.inplace and build_mode() == "never":
                 return  # what an earlier build left in the source tree stays
             inplace = self.inplace
-            reason = None
+            reason, without_cuda = None, None
             try:
                 if obstacle is not None:
                     raise obstacle
                 self.force = True  # to link; ninja compiles what has changed
-                super().run()
+                without_cuda = self.run_with_or_without_cuda()
             # Whatever the toolchain raises (a missing compiler, a failed ninja, a refused ABI
             # check each has its own type), the answer is the same: go on without the extension.
             except Exception as error:
-                if build_mode() == "require":
+                modes = (build_mode(), build_mode("CUDA"))
+                if modes[0] != "never" and "require" in modes:
                     raise
                 cause = "" if isinstance(error, BuildObstacleError) else "the build failed: "
                 reason = cause + " ".join(str(error).split())
@@ -226,7 +241,32 @@ def build_command(torch: ModuleType | None, obstacle: BuildObstacleError | None)
                         Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
                 self.warn(f"attn_kd is installed without its compiled kernels: {reason}")
             folder = ROOT if inplace else Path(self.build_lib)
-            record_build(folder / "attn_kd" / "_build.json", reason, torch)
+            record_build(folder / "attn_kd" / "_build.json", reason, without_cuda, torch)
+
+        def run_with_or_without_cuda(self) -> str | None:
+            """Build, without the CUDA kernels where it fails with them; return why without."""
+            mode = build_mode("CUDA")
+            if no_cuda is not None:
+                if mode == "require":
+                    raise BuildObstacleError(f"ATTN_KD_BUILD_CUDA=require: {no_cuda}")
+                super().run()
+                return no_cuda
+            compiler, inplace = self.compiler, self.inplace
+            try:
+                super().run()
+                return None
+            except BuildObstacleError:  # of the C++ compiler
+                raise
+            except Exception as error:  # as many types as above
+                if mode == "require":
+                    raise
+                failure = "the build of the CUDA kernels failed: " + " ".join(str(error).split())
+            self.warn(f"attn_kd is built again without CUDA kernels: {failure}")
+            self.compiler, self.inplace = compiler, inplace  # a run that fails leaves its own
+            for ext in self.extensions:  # setuptools has put attributes of its own on them
+                vars(ext).update(vars(define_extension(torch, with_cuda=False)))
+            super().run()
+            return failure
 
         def build_extensions(self) -> None:
             check_compiler(self.compiler.compiler_type)
@@ -245,23 +285,28 @@ def build_command(torch: ModuleType | None, obstacle: BuildObstacleError | None)
     return BuildOptionalExtension
 
 
-def record_build(path: Path, reason: str | None, torch: ModuleType | None) -> None:
+def record_build(
+    path: Path, reason: str | None, without_cuda: str | None, torch: ModuleType | None
+) -> None:
     """Write what the build did, for attn_kd._build to read."""
     facts = {
         "extension": reason is None,
         "reason": reason,
         "torch": None if torch is None else str(torch.__version__),
+        "cuda": without_cuda,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(facts, indent=2) + "\n")
 
 
 def main() -> None:
-    torch, obstacle = None, None
+    torch, obstacle, no_cuda = None, None, None
     try:
+        build_mode("CUDA")  # a wrong value is refused whatever follows
         if build_mode() == "never":
             raise BuildObstacleError("ATTN_KD_BUILD_EXTENSION=never was set for the build")
         torch = import_torch()
+        no_cuda = cuda_obstacle(torch)
     except BuildObstacleError as error:
         obstacle = error
     setup(
@@ -272,8 +317,8 @@ def main() -> None:
             *(f"attn_kd.kernels.{name}" for name in find_packages("kernels")),
         ],
         package_dir={"attn_kd": "attn_kd", "attn_kd.kernels": "kernels"},
-        ext_modules=[define_extension(torch)],
-        cmdclass={"build_ext": build_command(torch, obstacle)},
+        ext_modules=[define_extension(torch, with_cuda=no_cuda is None)],
+        cmdclass={"build_ext": build_command(torch, obstacle, no_cuda)},
     )
 
 

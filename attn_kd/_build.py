@@ -16,6 +16,7 @@ class BuildRecord(NamedTuple):
     extension: bool  # whether attn_kd._C was built
     reason: str | None  # why it was not
     torch: str | None  # version of the torch it was built against
+    cuda: str | None = None  # why it has no CUDA kernels, where it has none
 
 
 def build_record() -> BuildRecord | None:
@@ -26,7 +27,8 @@ def build_record() -> BuildRecord | None:
     """
     try:
         facts = json.loads(RECORD.read_text())
-        return BuildRecord(*(facts[name] for name in BuildRecord._fields))
+        defaults = BuildRecord._field_defaults  # facts that records did not always have
+        return BuildRecord(*({**defaults, **facts}[name] for name in BuildRecord._fields))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -37,6 +39,12 @@ def missing_extension_reason() -> str:
     if record is None:
         return "this source tree was not built: run `pip install --no-build-isolation -e .`"
     return record.reason or "it was built but has since been removed: install attn_kd again"
+
+
+def missing_cuda_reason() -> str | None:
+    """Say in one line why ``attn_kd._C`` has no CUDA kernels, where the record does."""
+    record = build_record()
+    return None if record is None else record.cuda
 
 
 def torch_mismatch(running: str) -> str | None:

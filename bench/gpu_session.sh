@@ -28,7 +28,8 @@ attempt() {
 }
 
 build() {
-    attempt build env ATTN_KD_BUILD_EXTENSION=require "$PYTHON" setup.py build_ext --inplace
+    attempt build env ATTN_KD_BUILD_EXTENSION=require ATTN_KD_BUILD_CUDA=require \
+        "$PYTHON" setup.py build_ext --inplace
     attempt info "$PYTHON" -m attn_kd info
 }
 

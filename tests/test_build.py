@@ -9,7 +9,13 @@ import pytest
 import torch
 
 from attn_kd import _build
-from attn_kd._build import BuildRecord, build_record, missing_extension_reason, torch_mismatch
+from attn_kd._build import (
+    BuildRecord,
+    build_record,
+    missing_cuda_reason,
+    missing_extension_reason,
+    torch_mismatch,
+)
 from attn_kd.ops import extension
 
 BUILT = {"extension": True, "reason": None, "torch": "2.13.0+cpu"}
@@ -30,6 +36,18 @@ def record(tmp_path, monkeypatch):
 def test_record_is_read(record):
     record(json.dumps(BUILT))
     assert build_record() == BuildRecord(True, None, "2.13.0+cpu")
+
+
+def test_record_says_why_there_is_no_cuda(record):
+    record(json.dumps({**BUILT, "cuda": "no nvcc"}))
+    assert build_record() == BuildRecord(True, None, "2.13.0+cpu", "no nvcc")
+    assert missing_cuda_reason() == "no nvcc"
+
+
+@pytest.mark.parametrize("text", [json.dumps(BUILT), json.dumps({**BUILT, "cuda": None}), ""])
+def test_record_that_says_nothing_of_cuda(record, text):
+    record(text)
+    assert missing_cuda_reason() is None
 
 
 def test_facts_of_a_newer_version_are_passed_over(record):

@@ -34,6 +34,24 @@ case " $* " in *" -shared "*) echo 'cannot find -lc10' >&2; exit 1 ;; esac
 while [ "$1" != "-o" ]; do shift; done
 : > "$2"
 """
+# Compiling and linking make empty files.
+SUCCEEDS = """
+while [ "$1" != "-o" ]; do shift; done
+: > "$2"
+"""
+NVCC = """#!/bin/sh
+case " $* " in *" --version "*) echo 'Cuda compilation tools, release {release}, V'; exit 0 ;; esac
+echo 'nvcc has no luck' >&2
+exit 1
+"""
+# setup.py with a torch that says it is a CUDA build.
+SETUP_WITH_CUDA = """
+import os, runpy, sys, torch
+from torch.utils import cpp_extension
+torch.version.cuda, cpp_extension.CUDA_HOME = "13.0", os.environ["CUDA_HOME"]
+sys.argv[0] = "setup.py"
+runpy.run_path("setup.py", run_name="__main__")
+"""
 
 
 class Build(NamedTuple):
@@ -49,9 +67,10 @@ class Build(NamedTuple):
 def build(tmp_path):
     """Build outside the source tree, with environment variables on top of the usual ones."""
 
-    def run(**variables: str) -> Build:
+    def run(*, torch_has_cuda: bool = False, **variables: str) -> Build:
         lib = tmp_path / "lib"
-        command = [sys.executable, "setup.py", "build_ext", "--build-lib", lib]
+        script = ["-c", SETUP_WITH_CUDA] if torch_has_cuda else ["setup.py"]
+        command = [sys.executable, *script, "build_ext", "--build-lib", lib]
         done = subprocess.run(
             [*command, "--build-temp", tmp_path / "temp"],
             cwd=ROOT,
@@ -76,6 +95,15 @@ def compiler(folder: Path, *, macro: str, rest: str = "exit 1") -> str:
     path.write_text(COMPILER.format(macro=macro, rest=rest))
     path.chmod(0o755)
     return str(path)
+
+
+def toolkit(folder: Path, release: str) -> str:
+    """Write an nvcc that compiles nothing; return the path of its toolkit, for CUDA_HOME."""
+    nvcc = folder / "toolkit" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(NVCC.format(release=release))
+    nvcc.chmod(0o755)
+    return str(nvcc.parents[1])
 
 
 @pytest.fixture(params=["missing", "clang", "fails to link"])
@@ -109,12 +137,55 @@ def test_failure_to_link_is_an_error_where_the_extension_is_required(build, tmp_
 
 
 def test_never_tries_nothing(build):
-    done = build(ATTN_KD_BUILD_EXTENSION="never")
+    done = build(ATTN_KD_BUILD_EXTENSION="never", ATTN_KD_BUILD_CUDA="require")
     assert done.returncode == 0
     assert done.record["reason"] == "ATTN_KD_BUILD_EXTENSION=never was set for the build"
 
 
-def test_unknown_mode_is_refused_in_one_line(build):
-    done = build(ATTN_KD_BUILD_EXTENSION="yes")
+@pytest.mark.parametrize("name", ["ATTN_KD_BUILD_EXTENSION", "ATTN_KD_BUILD_CUDA"])
+def test_unknown_mode_is_refused_in_one_line(build, name):
+    done = build(**{name: "yes"})
     assert done.returncode != 0
-    assert done.stderr == "ATTN_KD_BUILD_EXTENSION='yes': expected auto, never or require\n"
+    assert done.stderr == f"{name}='yes': expected auto, never or require\n"
+
+
+@pytest.mark.parametrize(
+    ("release", "mode", "reason"),
+    [
+        ("13.1", "auto", "the build of the CUDA kernels failed: "),
+        ("12.8", "auto", "nvcc 12.8 against CUDA 13.0 of torch"),
+        ("13.1", "never", "ATTN_KD_BUILD_CUDA=never"),
+        (None, "auto", "no nvcc"),
+    ],
+    ids=["nvcc fails", "another nvcc", "never", "no nvcc"],
+)
+def test_cpu_kernels_are_built_where_those_of_cuda_are_not(build, tmp_path, release, mode, reason):
+    done = build(
+        torch_has_cuda=True,
+        CXX=compiler(tmp_path, macro="__GNUC__", rest=SUCCEEDS),
+        CUDA_HOME=str(tmp_path) if release is None else toolkit(tmp_path, release),
+        ATTN_KD_BUILD_EXTENSION="require",
+        ATTN_KD_BUILD_CUDA=mode,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.extension
+    assert done.record["extension"] is True
+    assert done.record["reason"] is None
+    assert done.record["cuda"].startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("release", "reason"),
+    [("13.1", "compiling objects"), ("12.8", "ATTN_KD_BUILD_CUDA=require: nvcc 12.8 against")],
+    ids=["nvcc fails", "another nvcc"],
+)
+def test_no_cuda_kernels_are_an_error_where_they_are_required(build, tmp_path, release, reason):
+    done = build(
+        torch_has_cuda=True,
+        CXX=compiler(tmp_path, macro="__GNUC__", rest=SUCCEEDS),
+        CUDA_HOME=toolkit(tmp_path, release),
+        ATTN_KD_BUILD_CUDA="require",
+    )
+    assert done.returncode != 0
+    assert reason in done.stderr
+    assert done.record is None
