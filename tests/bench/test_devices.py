@@ -7,7 +7,15 @@ import time
 import pytest
 import torch
 
-from bench.devices import EventClock, SynchronizedClock, WallClock, clock_for, describe_gpu
+from bench.devices import (
+    HEAD_START_CYCLES,
+    LONGEST_HEAD_START,
+    EventClock,
+    SynchronizedClock,
+    WallClock,
+    clock_for,
+    describe_gpu,
+)
 from bench.rounds import SUBJECT, PeersInTurn
 from bench.summary import machine_line
 from tests.bench.runs import run_of
@@ -35,6 +43,58 @@ def test_the_subject_is_timed_by_the_clock_of_its_peers():
 
 def test_a_wall_clock_sees_the_whole_call():
     assert WallClock().seconds(lambda: time.sleep(0.01)) >= 0.01
+
+
+class FakeGPU:
+    """Sleeps a cycle in a tick, and does everything else at once; its events tell the tick."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.idle_at, self.sleeps = 0, 0, []
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                self.at = None
+
+            def record(self):
+                self.at = max(gpu.now, gpu.idle_at)
+
+            def query(self):
+                return self.at <= gpu.now
+
+            def synchronize(self):
+                gpu.now = max(gpu.now, self.at)
+
+            def elapsed_time(self, end):
+                return float(end.at - self.at)
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "_sleep", self.sleep)
+
+    def sleep(self, cycles):
+        self.sleeps.append(cycles)
+        self.idle_at = max(self.now, self.idle_at) + cycles
+
+    def call(self, host, device):
+        """A call that takes the host some ticks and then the GPU some."""
+        self.now += host
+        self.idle_at = max(self.now, self.idle_at) + device
+
+
+@pytest.mark.parametrize(
+    ("host", "head_starts"), [(0.5, [1, 1]), (1.5, [1, 2, 2]), (7, [1, 2, 4, 8, 8])]
+)
+def test_a_call_that_begins_too_early_gets_a_longer_head_start(monkeypatch, host, head_starts):
+    gpu, clock = FakeGPU(monkeypatch), EventClock()
+    times = [clock.seconds(lambda: gpu.call(host * HEAD_START_CYCLES, 20)) for _ in range(2)]
+    assert times == [0.02, 0.02]
+    assert gpu.sleeps == [cycles * HEAD_START_CYCLES for cycles in head_starts]
+
+
+def test_a_head_start_has_an_end(monkeypatch):
+    gpu, clock = FakeGPU(monkeypatch), EventClock()
+    assert clock.seconds(lambda: gpu.call(2 * LONGEST_HEAD_START, 20)) > 0.02
+    assert gpu.sleeps[-1] == LONGEST_HEAD_START
 
 
 @pytest.mark.parametrize(
