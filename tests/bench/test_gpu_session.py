@@ -58,6 +58,17 @@ def test_steps_that_succeed_leave_their_logs(tmp_path):
     assert logs == {"gpu-build.log", "gpu-info.log", "gpu-tests.log"}
 
 
+def test_sanitizers_watch_tensors_that_are_allocations_of_their_own(tmp_path, monkeypatch):
+    sanitizer = tmp_path / "compute-sanitizer"
+    sanitizer.write_text('#!/bin/sh\necho "$PYTORCH_NO_CUDA_MEMORY_CACHING $2" >>"$CALLS"\n')
+    sanitizer.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    done = session("sanitize", python=fake_python(tmp_path), out=tmp_path)
+    assert done.returncode == 0
+    watched = (tmp_path / "calls").read_text().splitlines()[1:]  # the first asks for a GPU
+    assert watched == ["1 memcheck", "1 racecheck"] * 2
+
+
 def test_an_unknown_step_is_refused(tmp_path):
     done = session("dance", python=fake_python(tmp_path), out=tmp_path)
     assert (done.returncode, done.stderr) == (2, "gpu_session.sh: unknown step 'dance'\n")
