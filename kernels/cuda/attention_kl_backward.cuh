@@ -26,9 +26,11 @@ struct QueryStage : KeyStage<S> {
   float numbers[kRowNumbers][S::kColumns];
 };
 
-// These numbers; zeros for one that sees no key or does not exist.
+// These numbers; zeros for one that sees no key or does not exist, but an origin so high that a is
+// 0 whatever the bias.
 struct RowConstants {
-  float numbers[kRowNumbers] = {};
+  float numbers[kRowNumbers] = {-kMasked};
+  static_assert(kOrigin == 0);
 };
 
 // The per-row values that make the constants.

@@ -11,6 +11,7 @@ import triton.language as tl
 from attn_kd.kernels.triton.operands import head_of, load_rows
 from attn_kd.kernels.triton.tiles import (
     LOG2E,
+    MASKED,
     group_shift,
     load_mask,
     load_teacher_keys,
@@ -46,7 +47,8 @@ def load_student_rows(student, state, b, h, first_row, valid, sizes, V: tl.const
     head = tl.cast(b, tl.int64) * sizes.heads + h
     at = head * sizes.query_length + first_row + tl.arange(0, V.block_q)
     plane = tl.cast(sizes.batch_heads, tl.int64) * sizes.query_length
-    origin = tl.load(state + at, mask=valid, other=0.0)
+    # Beyond the last row so high that every exponential is 0, whatever the bias.
+    origin = tl.load(state + at, mask=valid, other=-MASKED)
     inverse_sum = tl.load(state + plane + at, mask=valid, other=0.0)
     if V.masked:
         valid = valid & (inverse_sum != 0.0)
@@ -76,7 +78,8 @@ def load_teacher_rows(teacher, lse_rest, heads, b, h, first_row, valid, sizes, V
     # A row that sees no key has no LSE, and no visible pair to need one.
     base_2 = tl.where(lse == -float("inf"), 0.0, exact * LOG2E - group_shift(V))
     start = base_2.to(tl.float32)
-    return TeacherRows(query, start, (start - base_2).to(tl.float32))
+    rest = (start - base_2).to(tl.float32)
+    return TeacherRows(query, tl.where(valid, start, -MASKED), rest)
 
 
 @triton.jit

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from attn_kd.kernels.triton.divergence import row_offset, row_slope, teacher_origin
 from attn_kd.kernels.triton.operands import Operand, head_of, load_rows
-from attn_kd.kernels.triton.tiles import LOG2E, group_shift
+from attn_kd.kernels.triton.tiles import LOG2E, MASKED, group_shift
 
 
 class RowGradients(NamedTuple):
@@ -86,17 +86,20 @@ def load_output_rows(operand, b, h, first_row, valid, V: tl.constexpr, WHOLE: tl
 def load_constants(
     state, constants, head, first_row, sizes, V: tl.constexpr, KEYS_FIRST: tl.constexpr
 ):
-    """A block of rows' constants, zeros beyond the last row."""
+    """A block of rows' constants.
+
+    Beyond the last row zeros, but origins so high that every exponential is 0, whatever the bias.
+    """
     row = first_row + tl.arange(0, V.block_q)
     valid = row < sizes.query_length
     at = tl.cast(head, tl.int64) * sizes.query_length + row
     plane = tl.cast(sizes.batch_heads, tl.int64) * sizes.query_length
-    origin = tl.load(state + at, mask=valid, other=0.0)
+    origin = tl.load(state + at, mask=valid, other=-MASKED)
     inverse_sum = tl.load(state + plane + at, mask=valid, other=0.0)
     offset = tl.load(constants + at, mask=valid, other=0.0)
     origin_of_teacher, slope = offset, offset
     if V.teacher_dim > 0:
-        origin_of_teacher = tl.load(constants + plane + at, mask=valid, other=0.0)
+        origin_of_teacher = tl.load(constants + plane + at, mask=valid, other=-MASKED)
         slope = tl.load(constants + 2 * plane + at, mask=valid, other=0.0)
     AXIS: tl.constexpr = 0 if KEYS_FIRST else 1
     return RowConstants(

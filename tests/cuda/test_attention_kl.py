@@ -114,6 +114,15 @@ def test_additive_mask(gpu, dtype):
     check(gpu, inputs, cotangents, attn_mask=mask.to(dtype))
 
 
+@pytest.mark.parametrize("arriving", [("output", "kl", "lse"), ("output",)], ids=str)
+@every_head_dim
+def test_large_bias_beside_rows_that_do_not_exist(gpu, head_dim, arriving):
+    """100 added to a logit of 0 has no float32 exponential, which no such row may get."""
+    inputs, cotangents = case(head_dim)
+    mask = torch.full((1, 1, 1, 90), 100.0)
+    check(gpu, inputs, cotangents.only(*arriving), attn_mask=mask)
+
+
 @every_head_dim
 @pytest.mark.parametrize("given", [False, True], ids=["lse computed", "lse given"])
 def test_padding_of_whole_tiles_and_batches(gpu, head_dim, given):
