@@ -89,15 +89,16 @@ class Handover {
   unsigned at_ = 0;
 };
 
-// Begins to copy a row's chunk of an operand to its place in a tile, or zeros where !visible. The
-// address is computed anew for every tile: kept, those of all operands would take many registers.
+// Begins to copy a row's chunk of an operand to its place in a tile, or zeros where !visible: then
+// of row 0, for the address must be aligned though nothing is read. It is computed anew for every
+// tile: kept, those of all operands would take many registers.
 template <class S>
 __device__ __forceinline__ void copy_chunk(Tile<S>& tile, const Input& x, int b, int h, int row,
                                            bool visible, const Place& place) {
   const Rows<typename S::Element> rows(x, device::opaque(b), device::opaque(h));
   const unsigned chunk = place.thread % S::kChunks;
   device::copy_async(&tile.chunks[Tile<S>::index(place.thread / S::kChunks, chunk)],
-                     rows.row(row) + 8 * chunk, visible);
+                     rows.row(visible ? row : 0) + 8 * chunk, visible);
 }
 
 // Keys, teacher keys and values. Zeros take the place of hidden keys: what they hold, NaN from

@@ -16,6 +16,8 @@ FAULTS = {
     "shuffle_of_some": "wait for others",
     "read_beyond_buffer": "outside of the registered buffers",
     "misaligned_copy": "not aligned",
+    "misaligned_copy_of_zeros": "not aligned",
+    "copy_of_zeros_from_nowhere": "from no address",
     "beyond_shared_memory": "outside of the shared memory",
     "write_to_input": "a write to a read-only buffer",
 }

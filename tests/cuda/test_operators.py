@@ -54,6 +54,15 @@ def test_layout(operators, layout):
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
+def test_odd_strides_of_dimensions_of_size_1(operators):
+    """What such a stride leads to is not aligned, and must not even be the address of no copy."""
+    inputs = random_inputs(SIZES._replace(Lq=1, Lk=1), torch.bfloat16)
+    odd = (x.as_strided(x.shape, (*x.stride()[:2], D + 1, 1)) for x in inputs)
+    expected = run(operators, operands_of(inputs))
+    actual = run(operators, operands_of(Inputs(*odd)))
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
 def test_accuracy(operators):
     inputs = random_inputs(SIZES, torch.float16)
     mask = torch.rand(B, 1, 1, Lk) < 0.8

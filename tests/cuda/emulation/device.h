@@ -69,7 +69,7 @@ void write_shared(V* to, V x) {
 }
 
 inline void copy_async(void* to, const void* from, bool valid) {
-  Machine::the().begin_copy(to, valid ? from : nullptr);
+  Machine::the().begin_copy(to, from, valid);
 }
 
 inline void wait_for_copies() { Machine::the().finish_copies(); }

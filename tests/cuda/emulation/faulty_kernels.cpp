@@ -61,6 +61,14 @@ void misaligned_copy(float* buffer) {
   copy_async(&shared_storage<Words>()[4 * thread_index() % 64], buffer + 1, true);
 }
 
+void misaligned_copy_of_zeros(float* buffer) {
+  copy_async(&shared_storage<Words>()[4 * thread_index() % 64], buffer + 1, false);
+}
+
+void copy_of_zeros_from_nowhere(float*) {
+  copy_async(&shared_storage<Words>()[4 * thread_index() % 64], nullptr, false);
+}
+
 void beyond_shared_memory(float*) {
   write_shared(shared_storage<Words>() + 1 + thread_index(), 1.f);
 }
@@ -83,6 +91,8 @@ constexpr Named kKernels[] = {
     {"shuffle_of_some", shuffle_of_some},
     {"read_beyond_buffer", read_beyond_buffer},
     {"misaligned_copy", misaligned_copy},
+    {"misaligned_copy_of_zeros", misaligned_copy_of_zeros},
+    {"copy_of_zeros_from_nowhere", copy_of_zeros_from_nowhere},
     {"beyond_shared_memory", beyond_shared_memory},
     {"write_to_input", write_to_input},
 };

@@ -197,14 +197,16 @@ void Machine::write_shared(const void* to, size_t bytes) {
   for (size_t i = 0; i < bytes / 4; ++i) mark_written(word[i]);
 }
 
-void Machine::begin_copy(void* to, const void* from) {
+void Machine::begin_copy(void* to, const void* from, bool valid) {
   Word* word = words(to, 16);
-  if (from != nullptr) read_global(from, 16);
+  if (from == nullptr) fail("a copy from no address");
+  check_alignment(from, 16);
+  if (valid) read_global(from, 16);
   for (size_t i = 0; i < 4; ++i) {
     mark_written(word[i]);
     word[i].being_copied = true;
   }
-  fibers_[current_].copies.push_back({to, from});
+  fibers_[current_].copies.push_back({to, valid ? from : nullptr});
 }
 
 void Machine::finish_copies() {

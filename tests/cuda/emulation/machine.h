@@ -52,8 +52,8 @@ class Machine {
   void read_global(const void* from, size_t bytes);
   void write_global(const void* to, size_t bytes);
 
-  // 16 bytes, zeros where from == nullptr.
-  void begin_copy(void* to, const void* from);
+  // 16 bytes, zeros where !valid.
+  void begin_copy(void* to, const void* from, bool valid);
   void finish_copies();
 
   // Returns whether the condition holds for any thread.
