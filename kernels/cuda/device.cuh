@@ -68,7 +68,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 }
 
 // Begins to copy 16 bytes from global to shared memory, or zeros where !valid; `from` must be an
-// address in either case.
+// aligned address in either case.
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool valid) {
   const int bytes = valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
@@ -168,22 +168,27 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
-// Of the current device.
+// Of the current device; 1 where that is not to be known, which a launch will fail for as well.
 inline int multiprocessors() {
   int device = 0, count = 1;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
+  if (cudaGetDevice(&device) == cudaSuccess &&
+      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess)
+    return count;
+  cudaGetLastError();
+  return 1;
 }
 
-// Enqueues kernel(parameters...) on a stream, a cudaStream_t; returns a cudaError_t.
+// Enqueues kernel(parameters...) on a stream, a cudaStream_t; returns a cudaError_t, and leaves
+// none for others to find.
 template <class... Parameters>
 int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* stream,
            Parameters... parameters) {
   void* arguments[] = {&parameters...};
-  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel),
-                          dim3(static_cast<unsigned>(blocks)), dim3(threads), arguments, 0,
-                          static_cast<cudaStream_t>(stream));
+  const cudaError_t error =
+      cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
+                       dim3(threads), arguments, 0, static_cast<cudaStream_t>(stream));
+  if (error != cudaSuccess) cudaGetLastError();
+  return error;
 }
 
 inline const char* error_string(int error) {
