@@ -57,10 +57,14 @@ void check_tensor(const char* name, const Tensor& x, at::IntArrayRef expected, c
                    "; backend 'cuda' takes one dtype");
 }
 
+bool is_given(const OptionalTensor& x) {
+  const std::array<int64_t, 1> nothing{0};
+  return x.has_value() && x->sizes() != at::IntArrayRef(nothing);
+}
+
 OptionalTensor row_values(const char* name, const OptionalTensor& x, at::IntArrayRef expected,
                           const Tensor& like) {
-  const std::array<int64_t, 1> nothing{0};
-  if (!x.has_value() || x->sizes() == at::IntArrayRef(nothing)) return std::nullopt;
+  if (!is_given(x)) return std::nullopt;
   TORCH_CHECK_VALUE(x->sizes() == expected, "attn_kd: ", name, " has shape ", x->sizes(),
                     ", expected ", expected);
   check_device(name, *x, like);
@@ -147,8 +151,11 @@ void Arguments::set_teacher(const Tensor& query, const Tensor& key, const Option
 
 void Arguments::set_mask(const Tensor& given) {
   const Problem& p = problem_;
-  // Rarely float64.
-  const Tensor mask = given.scalar_type() == at::kDouble ? given.to(at::kFloat) : given;
+  // Queries that it was expanded to share what a conversion would write out for each.
+  const bool expanded =
+      given.dim() >= 2 && given.size(-2) == p.query_length && given.stride(-2) == 0;
+  Tensor mask = expanded ? given.narrow(-2, 0, 1) : given;
+  if (mask.scalar_type() == at::kDouble) mask = mask.to(at::kFloat);  // rare
   const std::array<int64_t, 4> expected{p.batch, p.heads, p.query_length, p.key_length};
   std::array<int64_t, 4> strides{};
   const int64_t missing = 4 - mask.dim();

@@ -24,8 +24,11 @@ struct Options {
 void check_tensor(const char* name, const at::Tensor& x, at::IntArrayRef expected,
                   const at::Tensor& like);
 
+// Whether a tensor is there: one of shape [0] stands for none.
+bool is_given(const OptionalTensor& x);
+
 // A per-row tensor of the expected shape on the device of `like`, contiguous float; none where it
-// is absent or empty.
+// is not given.
 OptionalTensor row_values(const char* name, const OptionalTensor& x, at::IntArrayRef expected,
                           const at::Tensor& like);
 

@@ -84,7 +84,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_kl_backward(
     std::string_view head_reduction, double dropout_p) {
   const c10::DeviceGuard guard(query.device());
   // Without a gradient of the divergence this is plain attention's backward.
-  const bool teacher = grad_kl.has_value() && teacher_query.has_value();
+  const bool teacher = is_given(grad_kl) && teacher_query.has_value();
   const Arguments in(query, key, value, teacher ? teacher_query : std::nullopt,
                      teacher ? teacher_key : std::nullopt, teacher ? teacher_lse : std::nullopt,
                      attn_mask, {scale, teacher_scale, divergence, head_reduction, dropout_p});

@@ -63,6 +63,20 @@ def test_odd_strides_of_dimensions_of_size_1(operators):
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
+def test_empty_gradient_of_the_divergence_is_none(operators):
+    operands = operands_of(random_inputs(SIZES, torch.bfloat16))
+    output, _, _, teacher_lse, row_state = operators.forward(*operands, *OPTIONS)
+
+    def backward(grad_kl: Tensor | None) -> tuple[Tensor, ...]:
+        return operators.backward(
+            *(torch.ones_like(output), grad_kl, None, *operands[:5], None, None),
+            *(output, teacher_lse, row_state, *OPTIONS),
+        )
+
+    for actual, expected in zip(backward(torch.zeros(0)), backward(None), strict=True):
+        assert torch.equal(actual, expected)
+
+
 def test_accuracy(operators):
     inputs = random_inputs(SIZES, torch.float16)
     mask = torch.rand(B, 1, 1, Lk) < 0.8
@@ -107,6 +121,11 @@ CALLS = {
     "head_dim 64": (sized(D=64, Dv=64, Dt=64), {}),
     "no teacher": (changed(teacher_query=None, teacher_key=None), {}),
     "key padding": (changed(attn_mask=torch.ones(B, 1, 1, Lk, dtype=torch.bool)), {}),
+    "expanded mask": (changed(attn_mask=torch.randn(B, 1, 1, Lk).expand(B, H, Lq, Lk)), {}),
+    "expanded float64 mask": (
+        changed(attn_mask=torch.zeros(Lk, dtype=torch.float64).expand(Lq, Lk)),
+        {},
+    ),
     "float64 mask": (changed(attn_mask=torch.zeros(Lk, dtype=torch.float64)), {}),
     "float32": (sized(torch.float32), {}),
     "head_dim 40": (sized(D=40, Dv=40, Dt=40), {}),
