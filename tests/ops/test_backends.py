@@ -152,6 +152,16 @@ def test_what_the_cuda_kernels_cannot_do(pretended_gpu, change, reason):
         backends.select_backend("cuda", SERVED._replace(**change))
 
 
+@pytest.mark.skipif(extension.module is None, reason="needs the compiled kernels")
+@pytest.mark.parametrize(("recorded", "said"), [("no nvcc", ": no nvcc"), (None, "")])
+def test_an_extension_without_cuda_says_why(monkeypatch, recorded, said):
+    kernels = "_dispatch_has_kernel_for_dispatch_key"
+    monkeypatch.setattr(torch._C, kernels, lambda operator, key: False)
+    monkeypatch.setattr(backends, "missing_cuda_reason", lambda: recorded)
+    reason = attn_kd.available_backends()["cuda"].reason
+    assert reason == f"the extension was built without CUDA{said}"
+
+
 @pytest.mark.parametrize(
     ("shape", "has_rows"), [((29,), False), ((2, 1, 1, 29), False), ((13, 29), True)]
 )
