@@ -159,6 +159,15 @@ class TestTilings:
         mask[3, :40] = mask[4] = False
         self.run(monkeypatch, rescale_above, attn_mask=mask)
 
+    @pytest.mark.parametrize("divergence", ["reverse_kl", "js"])
+    @pytest.mark.parametrize("rows", [1, sizes.Lq], ids=["per key", "of pairs"])
+    @pytest.mark.parametrize("additive", [False, True], ids=["bool", "additive"])
+    def test_every_tile_reads_its_own_part_of_a_mask(self, monkeypatch, divergence, rows, additive):
+        mask = torch.rand(1, 1, rows, self.sizes.Lk) > 0.3
+        if additive:
+            mask = torch.where(mask, 3 * torch.randn(mask.shape), float("-inf"))
+        self.run(monkeypatch, 0, attn_mask=mask, divergence=divergence)
+
 
 REFUSED = """
 import torch, attn_kd
