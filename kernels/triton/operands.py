@@ -9,7 +9,7 @@ import triton.language as tl
 class Operand(NamedTuple):
     """A [B, H, L, width] tensor with unit last stride; data is None where there is none.
 
-    256 rows of it span less than 2**31 elements (attn_kd/ops/triton_launch.py sees to that), so
+    256 rows of it span less than 2**31 elements (attn_kd/ops/triton_problem.py sees to that), so
     that offsets within a tile fit 32 bits; where a tile begins is counted in 64.
     """
 

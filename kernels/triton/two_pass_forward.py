@@ -2,7 +2,7 @@
 
 These are js and mse, and all of them on maps averaged over heads. The first pass (`forward`) has
 left every row's output, LSE, origin and inverse sum, and the teacher's LSE. Of single heads,
-`two_pass_rows_kernel` computes divergence and correction together; of averaged maps,
+`two_pass_forward_kernel` computes divergence and correction together; of averaged maps,
 `group_slopes_kernel` has computed each key block's part of the divergence in a window of them. Left
 are the sum of these, which the first head's programs take, and each head's correction
     c_h = sum_j a_hj phi'_j
