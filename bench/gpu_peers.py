@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import attn_kd
 from attn_kd.errors import InputError
-from bench.peers import CANDIDATES, Candidate
+from bench.peers import CANDIDATES, Candidate, fused
 from bench.rounds import YARDSTICK
 
 # What torch's selector, and cuDNN behind it, raise where a pinned backend does not take the inputs.
@@ -35,21 +34,6 @@ def pinned_sdpa(
         return F.scaled_dot_product_attention(query, key, value), None
 
 
-def fused_by_cuda(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    teacher_query: Tensor,
-    teacher_key: Tensor,
-    teacher_lse: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """attn_kd's fused operator by its CUDA C++ kernels, which run only when asked for."""
-    result = attn_kd.attention_kl(
-        query, key, value, teacher_query, teacher_key, teacher_lse=teacher_lse, backend="cuda"
-    )
-    return result.output, result.kl
-
-
 PINNED_SDPA: dict[str, Candidate] = {
     "sdpa flash": partial(pinned_sdpa, SDPBackend.FLASH_ATTENTION),
     "sdpa cudnn": partial(pinned_sdpa, SDPBackend.CUDNN_ATTENTION),
@@ -57,7 +41,7 @@ PINNED_SDPA: dict[str, Candidate] = {
 }
 GPU_CANDIDATES: dict[str, Candidate] = {
     **PINNED_SDPA,
-    "attn_kd cuda": fused_by_cuda,
+    "attn_kd cuda": partial(fused, backend="cuda"),  # runs only when asked for
     **{name: candidate for name, candidate in CANDIDATES.items() if name != YARDSTICK},
 }
 

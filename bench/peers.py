@@ -106,10 +106,11 @@ def fused(
     teacher_query: Tensor,
     teacher_key: Tensor,
     teacher_lse: Tensor,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """attn_kd's fused operator."""
     result = attn_kd.attention_kl(
-        query, key, value, teacher_query, teacher_key, teacher_lse=teacher_lse
+        query, key, value, teacher_query, teacher_key, teacher_lse=teacher_lse, backend=backend
     )
     return result.output, result.kl
 

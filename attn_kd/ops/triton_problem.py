@@ -10,9 +10,8 @@ from torch import Tensor
 
 from attn_kd.errors import InputError
 from attn_kd.ops.arguments import Operands, Options
+from attn_kd.ops.backends import MAX_HEAD_DIM
 from attn_kd.ops.checks import DIVERGENCES, HEAD_REDUCTIONS, MAX_SCALE
-
-MAX_HEAD_DIM = 256
 
 # Elements between two rows beyond which an offset within a tile of 256 rows would not fit 32 bits.
 _FARTHEST_ROW = 2**31 // 256
