@@ -278,24 +278,11 @@ def test_sum_over_keys_of_the_logit_gradient_is_the_lse_cotangent(backend):
     torch.testing.assert_close(actual["grad_query"][..., 0], cotangents.lse)
 
 
-@pytest.mark.parametrize(
-    ("head_dim", "spread"),
-    [
-        (32, 1),
-        (128, 1),
-        (32, 4),
-        pytest.param(
-            *(128, 4),
-            marks=pytest.mark.xfail(
-                strict=False,
-                reason="a logit is one chain of head_dim terms; eager sums a single row in lanes",
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("spread", [1, 4])
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
 def test_single_rows_are_as_accurate_as_eager(cpu_backend, head_dim, spread):
-    """Summed over heads and seeds, in float32. Known to be missed where sharp logits meet wide
-    heads: the gradient of value then has 2.2 times eager's error, 1e-6 of its size."""
+    """In float32, summed over heads and seeds, for few numbers make a ratio of errors a matter of
+    chance. Sharp logits show what is wrong with them in the gradient of value."""
     error, eager_error = {}, {}
     for seed in range(5):
         torch.manual_seed(seed)

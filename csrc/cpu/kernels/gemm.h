@@ -23,8 +23,14 @@ constexpr int rows_per_call(int vectors) { return vectors == 2 ? 6 : 8; }
 #endif
 
 // What becomes of a product: it is stored alone, added to C, or added to one row of numbers, the
-// same for every row of C, after multiplication by a factor in the last case.
-enum class Sum { alone, onto, plus_row, scaled_plus_row };
+// same for every row of C; the last two multiply it by a factor first.
+enum class Sum { alone, onto, plus_row, scaled_onto, scaled_plus_row };
+
+constexpr bool is_scaled(Sum sum) { return sum == Sum::scaled_onto || sum == Sum::scaled_plus_row; }
+constexpr bool adds_onto(Sum sum) { return sum == Sum::onto || sum == Sum::scaled_onto; }
+constexpr bool adds_row(Sum sum) { return sum == Sum::plus_row || sum == Sum::scaled_plus_row; }
+// What the further terms of the product are, where its first ones have been `sum`.
+constexpr Sum continued(Sum sum) { return is_scaled(sum) ? Sum::scaled_onto : Sum::onto; }
 
 template <class T>
 struct Epilogue {
@@ -100,10 +106,9 @@ template <int Rows, int Vectors, bool kUnitRows, Sum kSum, int kLd, class E, cla
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) {
       T* at = c + m * ld + v * W;
-      if constexpr (kSum == Sum::scaled_plus_row) acc[m][v] *= epilogue.factor;
-      if constexpr (kSum == Sum::onto) acc[m][v] += load(at);
-      if constexpr (kSum == Sum::plus_row || kSum == Sum::scaled_plus_row)
-        acc[m][v] += load(epilogue.row + v * W);
+      if constexpr (is_scaled(kSum)) acc[m][v] *= epilogue.factor;
+      if constexpr (adds_onto(kSum)) acc[m][v] += load(at);
+      if constexpr (adds_row(kSum)) acc[m][v] += load(epilogue.row + v * W);
       store<T>(at, acc[m][v]);
     }
 }

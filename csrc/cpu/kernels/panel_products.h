@@ -69,9 +69,12 @@ void rows_times_few(int64_t rows, int64_t depth, Left<E> a, const E* panel, T* c
     }
 #pragma GCC unroll 4
     for (int lane = 0; lane < kLane; ++lane) {
-      if constexpr (kSum == Sum::scaled_plus_row) acc[lane] *= epilogue.factor;
-      if constexpr (kSum != Sum::alone) acc[lane] += broadcast(epilogue.row[lane]);
-      for (int64_t i = 0; i < count; ++i) c[i * P + lane] = acc[lane][i];
+      if constexpr (is_scaled(kSum)) acc[lane] *= epilogue.factor;
+      if constexpr (adds_row(kSum)) acc[lane] += broadcast(epilogue.row[lane]);
+      for (int64_t i = 0; i < count; ++i) {
+        T& at = c[i * P + lane];
+        at = adds_onto(kSum) ? at + acc[lane][i] : acc[lane][i];
+      }
     }
   }
 }
@@ -104,17 +107,35 @@ int64_t columns_times_few(int64_t width, int64_t depth, Left<E> a, const E* tile
   return done;
 }
 
-// C[rows, panel] = A[rows, depth] B[depth, panel] and what kSum says. The panel holds `query_rows`
-// in `vectors` vectors; lanes without a row are written or not.
 template <Sum kSum, class E, class T>
-void rows_times_panel(int64_t rows, int64_t vectors, int64_t query_rows, int64_t depth, Left<E> a,
-                      const E* panel, T* c, Epilogue<T> epilogue = {}) {
+void terms_times_panel(int64_t rows, int64_t vectors, int64_t query_rows, int64_t depth, Left<E> a,
+                       const E* panel, T* c, Epilogue<T> epilogue) {
   if (query_rows > kFewRows<T>)
     return gemm<false, kSum, kPanel<T>>(rows, vectors, depth, a, panel, c, kPanel<T>, epilogue);
   const auto few = [&](auto lanes) {
     rows_times_few<lanes, kSum>(rows, depth, a, panel, c, epilogue);
   };
   with_lanes<T>(lanes_of<E>(query_rows), few, std::make_integer_sequence<int, kFewRows<T>>());
+}
+
+// Terms that are summed one after another. The rounding error of such a chain grows with its
+// length, and an error of a logit is one of a probability. Sums of chains keep wide heads as
+// accurate as narrow ones, for 3 % of a forward pass at head_dim 64.
+inline constexpr int64_t kChain = 32;
+
+// C[rows, panel] = A[rows, depth] B[depth, panel] and what kSum says. The panel holds `query_rows`
+// in `vectors` vectors; lanes without a row are written or not.
+template <Sum kSum, class E, class T>
+void rows_times_panel(int64_t rows, int64_t vectors, int64_t query_rows, int64_t depth, Left<E> a,
+                      const E* panel, T* c, Epilogue<T> epilogue = {}) {
+  const int64_t first = depth < kChain ? depth : kChain;
+  terms_times_panel<kSum>(rows, vectors, query_rows, first, a, panel, c, epilogue);
+  for (int64_t k = kChain; k < depth; k += kChain) {
+    const int64_t terms = depth - k < kChain ? depth - k : kChain;
+    const Left<E> further{a.data + k, a.ld};
+    terms_times_panel<continued(kSum)>(rows, vectors, query_rows, terms, further,
+                                       panel + k * kPanel<T>, c, epilogue);
+  }
 }
 
 // C[width, panel] += A[width, depth] tile[depth, panel], likewise, with the rows of A as its unit
