@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import functools
 import os
 import warnings
 from typing import NamedTuple
@@ -11,7 +11,7 @@ import torch
 
 from attn_kd._build import missing_cuda_reason
 from attn_kd.errors import InputError
-from attn_kd.ops import extension
+from attn_kd.ops import extension, triton_installation
 from attn_kd.ops.arguments import Operands, Options
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # the preferred ones first
@@ -97,13 +97,16 @@ def _cpu_status() -> BackendStatus:
 
 
 def _triton_status() -> BackendStatus:
-    reason = _triton_missing()
-    if reason is None and interprets_triton():
-        return BackendStatus(True, f"{_triton_version()}, interpreted on the CPU: for tests")
-    reason = reason or _gpu_missing()
+    reason = triton_installation.missing_reason()
     if reason is not None:
         return BackendStatus(False, reason)
-    return BackendStatus(True, f"{_triton_version()}, {torch.cuda.get_device_name()}")
+    triton = f"Triton {triton_installation.version()}"
+    if interprets_triton():
+        return BackendStatus(True, f"{triton}, interpreted on the CPU: for tests")
+    reason = _gpu_missing() or triton_installation.driver_missing_reason()
+    if reason is not None:
+        return BackendStatus(False, reason)
+    return BackendStatus(True, f"{triton}, {torch.cuda.get_device_name()}")
 
 
 def _cuda_status() -> BackendStatus:
@@ -143,7 +146,7 @@ def _refusal(name: str, call: Call) -> str | None:
         return None
     if name == "cpu":
         return _cpu_refusal(call)
-    machine = _machine_refusal(name, call.device.type, call.device.index)
+    machine = machine_refusal(name, call.device.type, call.device.index)
     if machine is not None:
         return machine
     return _triton_refusal(call) if name == "triton" else _cuda_refusal(call)
@@ -162,11 +165,9 @@ def _triton_refusal(call: Call) -> str | None:
         return "float64 is for the CPU"
     if call.divergence not in (None, *_TRITON_DIVERGENCES):
         return f"no kernel for divergence={call.divergence!r}"
-    widest = max(call.head_dims)
-    if widest > _LITTLE_SHARED_WIDTH and _little_shared_memory(call.device.type, call.device.index):
-        return (
-            f"head_dim {widest} exceeds {_LITTLE_SHARED_WIDTH}, what this GPU's shared memory holds"
-        )
+    widest, limit = max(call.head_dims), triton_widest(call.device)
+    if limit < widest <= MAX_HEAD_DIM:
+        return f"head_dim {widest} exceeds {limit}, what this GPU's shared memory holds"
     return _width_refusal(call)
 
 
@@ -201,31 +202,43 @@ def _cuda_refusal(call: Call) -> str | None:
     return None
 
 
-def _machine_refusal(name: str, device_type: str, index: int | None) -> str | None:
-    """Why a GPU backend cannot serve any tensor on that device, whatever else it is."""
-    reason = _triton_missing() if name == "triton" else _cuda_kernels_missing()
+def machine_refusal(name: str, device_type: str, index: int | None) -> str | None:
+    """Return why a GPU backend cannot serve any tensor on that device; None where it can."""
+    return _machine_lacks(name, device_type, index)
+
+
+def triton_widest(device: torch.device) -> int:
+    """Return the largest head_dim for which the device's shared memory has room."""
+    return _widest_on(device.type, device.index)
+
+
+# What torch.compiler.assume_constant_result does, but for importing the compiler: torch.compile
+# shall not trace these, but ask them once.
+machine_refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
+triton_widest._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache  # every call asks
+def _machine_lacks(name: str, device_type: str, index: int | None) -> str | None:
+    triton = name == "triton"
+    reason = triton_installation.missing_reason() if triton else _cuda_kernels_missing()
     if reason is not None:
         return reason
-    if device_type == "cuda":
-        return _capability_refusal(torch.cuda.current_device() if index is None else index)
-    if name == "triton" and device_type == "cpu" and interprets_triton():
+    if triton and device_type in ("cpu", "cuda") and interprets_triton():
         return None
+    if device_type == "cuda":
+        refusal = _capability_refusal(torch.cuda.current_device() if index is None else index)
+        return triton_installation.driver_missing_reason() if triton and not refusal else refusal
     where = f"the tensors are on {device_type}"
     return where if torch.cuda.is_available() else _gpu_missing()
 
 
-# What torch.compiler.assume_constant_result does, but for importing the compiler: torch.compile
-# shall not trace this, but ask it once.
-_machine_refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _little_shared_memory(device_type: str, index: int | None) -> bool:
-    if device_type != "cuda":
-        return False
-    return torch.cuda.get_device_capability(index) in _LITTLE_SHARED_MEMORY
-
-
-_little_shared_memory._dynamo_marked_constant = True  # type: ignore[attr-defined]
+@functools.cache
+def _widest_on(device_type: str, index: int | None) -> int:
+    if device_type != "cuda" or not torch.cuda.is_available():
+        return MAX_HEAD_DIM
+    little = torch.cuda.get_device_capability(index) in _LITTLE_SHARED_MEMORY
+    return _LITTLE_SHARED_WIDTH if little else MAX_HEAD_DIM
 
 
 def interprets_triton() -> bool:
@@ -246,18 +259,6 @@ def _capability_refusal(index: int) -> str | None:
     if capability < _LEAST_CAPABILITY:
         return "compute capability {}.{}, needs {}.{}".format(*capability, *_LEAST_CAPABILITY)
     return None
-
-
-def _triton_missing() -> str | None:
-    try:
-        importlib.import_module("triton")
-    except ImportError as error:
-        return f"Triton cannot be imported ({error})"
-    return None
-
-
-def _triton_version() -> str:
-    return f"Triton {importlib.import_module('triton').__version__}"
 
 
 def _cuda_kernels_missing() -> str | None:
