@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 import torch
 
+from attn_kd._nvidia import driver_version
+
 Function = Callable[[], Any]
 # Of a GPU, some 0.5 ms: what lies in its queue when the timing begins, so that a call is in the
 # queue as a whole before any of it runs, and the gaps between launches are not part of its time.
@@ -89,4 +91,5 @@ def describe_gpu(device: torch.device) -> dict[str, Any] | None:
         "memory_bytes": properties.total_memory,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
+        "driver": driver_version(),
     }

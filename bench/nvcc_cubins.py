@@ -8,16 +8,18 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from attn_kd._nvidia import find_nvcc
+
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "kernels" / "cuda").glob("*.cu"))
-# As in setup.py.
+# As in setup.py; the last is one that torch adds.
 FLAGS = ("-O3", "-std=c++20", "--expt-relaxed-constexpr")
 TARGETS = {80: "80", 90: "90a", 100: "100"}
 
 
 def nvcc() -> str | None:
     """The compiler, if there is one."""
-    return shutil.which("nvcc")
+    return find_nvcc()
 
 
 def compile_cubin(source: Path, arch: int) -> bytes:

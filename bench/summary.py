@@ -131,7 +131,10 @@ def _gpu_parts(machine: dict[str, Any]) -> list[str]:
     gpu = machine.get("gpu")
     if not gpu:
         return []
-    versions = f"CUDA {gpu['cuda']}, cuDNN {gpu['cudnn']}, Triton {machine['triton']}"
+    versions = (
+        f"driver {gpu['driver']}, CUDA {gpu['cuda']}, cuDNN {gpu['cudnn']}, "
+        f"Triton {machine['triton']}"
+    )
     return [f"{gpu['name']} ({gpu['capability']}, {gpu['memory_bytes'] / 2**30:.0f} GiB)", versions]
 
 

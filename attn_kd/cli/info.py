@@ -10,15 +10,13 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import re
-import shutil
-import subprocess
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 import attn_kd
-from attn_kd._build import build_record
+from attn_kd._build import build_record, missing_cuda_reason
+from attn_kd._nvidia import driver_version, find_nvcc, nvcc_release
 from attn_kd.ops import extension
 
 PACKAGES = ("torch", "numpy", "transformers", "triton")
@@ -67,13 +65,18 @@ def _kernels() -> list[tuple[str, str]]:
     built_for = f"built for torch {record.torch}" if record else "built outside setup.py"
     module = extension.module
     features = module.features()
-    cuda = "with CUDA" if features["cuda"] else "without CUDA"
     return [
-        ("extension", f"{built_for}, with compiler {features['compiler']}, {cuda}"),
+        ("extension", f"{built_for}, with compiler {features['compiler']}"),
         ("instruction set", f"{module.instruction_set()}, in use"),
         ("compiled", ", ".join(module.compiled_instruction_sets())),
         ("runs here", ", ".join(module.supported_instruction_sets())),
+        ("cuda", "compiled in" if features["cuda"] else _why_without_cuda()),
     ]
+
+
+def _why_without_cuda() -> str:
+    reason = missing_cuda_reason()
+    return f"not compiled in: {reason}" if reason else "not compiled in"
 
 
 def _machine() -> list[tuple[str, str]]:
@@ -96,13 +99,16 @@ def _cuda() -> list[tuple[str, str]]:
     release = torch.version.cuda
     built = "a CPU build" if release is None else f"built for {release}"
     cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
-    return [("torch", built), ("cudnn", str(cudnn or "none")), ("nvcc", _nvcc())]
+    return [
+        ("torch", built),
+        ("cudnn", str(cudnn or "none")),
+        ("driver", driver_version() or "none"),
+        ("nvcc", _nvcc()),
+    ]
 
 
 def _nvcc() -> str:
-    program = shutil.which("nvcc")
+    program = find_nvcc()
     if program is None:
         return "not found"
-    said = subprocess.run([program, "--version"], capture_output=True, text=True).stdout
-    release = re.search(r"release ([\d.]+)", said)
-    return f"{release[1] if release else 'of an unknown version'}, {program}"
+    return f"{nvcc_release(program) or 'of an unknown version'}, {program}"

@@ -123,8 +123,9 @@ def test_a_run_on_a_gpu_says_on_which():
         "memory_bytes": 80 * 2**30,
         "cuda": "13.0",
         "cudnn": 9,
+        "driver": "580.65",
     }
-    expected = "A GPU (sm_90, 80 GiB); CUDA 13.0, cuDNN 9, Triton 3.7.1; "
+    expected = "A GPU (sm_90, 80 GiB); driver 580.65, CUDA 13.0, cuDNN 9, Triton 3.7.1; "
     assert machine_line(run).startswith(expected)
 
 

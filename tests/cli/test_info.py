@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -69,6 +69,18 @@ def test_shows_the_torch_of_the_build(show, monkeypatch):
     assert show()["kernels"]["extension"].startswith("built for torch 9.9.9")
 
 
+@needs_extension
+@pytest.mark.parametrize(
+    ("reason", "said"), [("no nvcc", "not compiled in: no nvcc"), (None, "not compiled in")]
+)
+def test_shows_why_the_extension_has_no_cuda_kernels(show, monkeypatch, reason, said):
+    module = SimpleNamespace(**vars(extension.module))
+    module.features = lambda: {**extension.module.features(), "cuda": False}
+    monkeypatch.setattr(info, "missing_cuda_reason", lambda: reason)
+    monkeypatch.setattr(info, "extension", SimpleNamespace(module=module))
+    assert show()["kernels"]["cuda"] == said
+
+
 def test_shows_why_there_is_no_extension(show, monkeypatch):
     monkeypatch.setattr(extension, "module", None)
     monkeypatch.setattr(extension, "missing_reason", "no C++ compiler: c++ was not found")
@@ -92,15 +104,22 @@ def test_shows_the_threads_asked_for(show):
     ids=["release", "nonsense"],
 )
 def test_shows_the_version_of_nvcc(show, monkeypatch, tmp_path, says, expected):
-    program = tmp_path / "nvcc"
+    program = tmp_path / "bin" / "nvcc"
+    program.parent.mkdir()
     program.write_text(f"#!/bin/sh\necho '{says}'\n")
     program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     assert show()["cuda"]["nvcc"] == f"{expected}{program}"
 
 
+@pytest.mark.parametrize(("version", "said"), [("580.65.06", "580.65.06"), (None, "none")])
+def test_shows_the_driver(show, monkeypatch, version, said):
+    monkeypatch.setattr(info, "driver_version", lambda: version)
+    assert show()["cuda"]["driver"] == said
+
+
 def test_shows_that_there_is_no_nvcc(show, monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     assert show()["cuda"]["nvcc"] == "not found"
 
 
