@@ -41,7 +41,7 @@ CXX_FLAGS = [
     "-fno-trapping-math",
 ]
 
-NVCC_FLAGS = ["-O3", "-std=c++20"]
+NVCC_FLAGS = ["-O3", "-std=c++20", "-Xcompiler=-fvisibility=hidden"]
 
 # csrc/cpu/kernels/*.cpp is compiled once per entry, with ATTN_KD_ISA naming the namespace. The
 # order is the link order: an inline function that several variants instantiate is kept from the
