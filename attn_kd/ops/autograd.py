@@ -1,4 +1,4 @@
-"""The autograd function over the compiled operators, one operator per direction."""
+"""The autograd function over the operators, one operator per direction."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from attn_kd.ops.arguments import Operands, Options
 
 
 class FusedAttentionKL(torch.autograd.Function):
-    """Attention and its divergence from a teacher's attention, by the compiled kernels.
+    """Attention and its divergence from a teacher's attention, by the kernels of the device.
 
     ``apply(*operands, *options)``, in the order of `attn_kd.ops.arguments`: query, key, value,
     teacher_query, teacher_key, teacher_lse, attn_mask, dropout_seed, scale, teacher_scale,
@@ -23,17 +23,19 @@ class FusedAttentionKL(torch.autograd.Function):
     that was given is not returned again. row_state [3, B, H, Lq] is what backward needs of a row.
     Saves O(Lq) beyond its inputs and output, never a map.
 
-    `attn_kd.attention_kl` does not come by here: the operator differentiates by itself, in C++
-    (csrc/autograd.cpp). This is the same in Python, to build upon.
+    Tensors of a CUDA device go to the Triton operators, others to the compiled ones.
+    `attn_kd.attention_kl` does not come by here: the operators differentiate by themselves
+    (csrc/autograd.cpp, attn_kd/ops/triton_autograd.py). This is the same, to build upon.
     """
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         device = arguments[0].device
+        operator = _operator("forward", device)
         if not autocast.is_enabled(device):
-            return torch.ops.attn_kd.attention_kl_forward(*arguments)
+            return operator(*arguments)
         with torch.autocast(device.type, enabled=False):
-            return torch.ops.attn_kd.attention_kl_forward(*arguments)
+            return operator(*arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -57,18 +59,21 @@ class FusedAttentionKL(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable  # differentiating again raises, where it would silently give zeros
-    def backward(
-        ctx: Any,
-        grad_output: Tensor | None,
-        grad_kl: Tensor | None,
-        grad_lse: Tensor | None,
-        *_constants: None,
-    ) -> tuple[Tensor | None, ...]:
-        grads = torch.ops.attn_kd.attention_kl_backward(
-            grad_output, grad_kl, grad_lse, *ctx.saved_tensors, *ctx.options
-        )
-        constants = len(Operands._fields) - len(grads) + len(Options._fields)
-        return (*grads, *[None] * constants)
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        query, *_ = saved = ctx.saved_tensors
+        operator = _operator("backward", query.device)
+        return with_constants(operator(*grads[:3], *saved, *ctx.options))
+
+
+def with_constants(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """The gradients of all arguments of a call, given those of query, key and value."""
+    constants = len(Operands._fields) + len(Options._fields) - len(grads)
+    return (*grads, *[None] * constants)
+
+
+def _operator(direction: str, device: torch.device) -> Any:
+    prefix = "triton_" if device.type == "cuda" else ""
+    return getattr(torch.ops.attn_kd, f"{prefix}attention_kl_{direction}")
 
 
 if extension.module is not None:

@@ -10,6 +10,7 @@ import functools
 import math
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from attn_kd.kernels.triton.operands import Mask, Operand, Scales, Student, Teac
 from attn_kd.kernels.triton.philox import Noise
 from attn_kd.kernels.triton.row_constants import RowGradients, row_constants_kernel
 from attn_kd.kernels.triton.variant import Variant
-from attn_kd.ops.triton_problem import Problem, mask_strides, products_precision
+from attn_kd.ops.triton_problem import Facts, Problem, products_precision
 
 LOG2E = math.log2(math.e)
 
@@ -47,7 +48,14 @@ def is_interpreted() -> bool:
 
 def architecture() -> int:
     """The compute capability that kernels are compiled for, as 80, 90 or 100; 0 if interpreted."""
-    return 0 if is_interpreted() else triton.runtime.driver.active.get_current_target().arch
+    if is_interpreted():
+        return 0
+    return _architecture(triton.runtime.driver.active.get_current_device())
+
+
+@functools.lru_cache
+def _architecture(_device: int) -> int:
+    return triton.runtime.driver.active.get_current_target().arch
 
 
 def forward_launch(
@@ -60,16 +68,16 @@ def forward_launch(
     row_state: Tensor,  # [3, B, H, Lq]
 ) -> Launch:
     """The forward pass of one sweep over the keys: all of it, or the first of two passes."""
-    variant, tile = make_variant("forward", problem, value_dim=problem.operands.value.shape[3])
+    variant, tile = make_variant("forward", problem, value_dim=problem.facts.value_dim)
     arguments = {
         "student": student_of(problem),
         "teacher": teacher_of(problem, problem.operands.teacher_lse),
         "mask": mask_of(problem),
         "noise": noise_of(problem),
-        "output": operand(output if output.shape[3] else None),
+        "output": operand(output if problem.facts.value_dim else None),
         "results": RowResults(kl, lse, teacher_lse, teacher_lse_rest, row_state),
         "scales": scales_of(problem),
-        **problem.sizes,
+        **problem.facts.sizes,
         "V": variant,
     }
     return launch(forward_kernel, problem, tile, "query_length", tile.block_q, arguments)
@@ -84,11 +92,12 @@ def launch(
     arguments: Arguments,
 ) -> Launch:
     """A launch with one program for every `block` of `length` in every head."""
-    sizes = problem.sizes
+    sizes = problem.facts.sizes
     programs = sizes["batch_heads"] * -(-sizes[length] // block)
     return Launch(kernel, programs, arguments, compiler_options(tile))
 
 
+@functools.lru_cache
 def compiler_options(tile: Tiling) -> dict[str, Any]:
     """The options of a compilation."""
     return {
@@ -104,56 +113,66 @@ def make_variant(
     *,
     value_dim: int,
     divergence: str | None = None,
-    dropout: bool | None = None,
+    reads_teacher: bool = True,
 ) -> tuple[Variant, Tiling]:
     """What the kernel is compiled for, and its tiling.
 
-    `divergence` and `dropout` are the problem's where they are not given; without a divergence
-    there is no teacher.
+    `divergence` is the problem's where it is not given; without one there is no teacher. A kernel
+    that does not read the teacher has a tiling as if it did.
     """
-    operands = problem.operands
-    divergence = problem.divergence if divergence is None else divergence
-    teacher = operands.teacher_query if divergence != "none" else None
-    teacher_dim = 0 if teacher is None else teacher.shape[3]
-    head_dim = operands.query.shape[3]
-    itemsize = max(t.element_size() for t in (operands.query, teacher) if t is not None)
-    batch, heads, rows, _ = operands.query.shape
+    facts = problem.facts
+    divergence = facts.divergence if divergence is None else divergence
+    teacher_dim = facts.teacher_dim if divergence != "none" else 0
+    itemsize = max(facts.student_itemsize, facts.teacher_itemsize if teacher_dim else 0)
     tile = tiling(
         kernel,
-        max(head_dim, value_dim, teacher_dim),
+        max(facts.head_dim, value_dim, teacher_dim),
         itemsize,
         architecture(),
-        batch * heads,
-        operands.key.shape[2] if kernel == "backward_keys" else rows,
+        facts.sizes["batch_heads"],
+        facts.sizes["key_length" if kernel == "backward_keys" else "query_length"],
     )
-    mask = operands.attn_mask
-    variant = _variant(
+    precision = products_precision() if itemsize == 4 else "ieee"
+    reads_teacher = reads_teacher and teacher_dim > 0
+    return _variant_of(facts, tile, value_dim, divergence, reads_teacher, precision), tile
+
+
+@functools.lru_cache(maxsize=4096)
+def _variant_of(
+    facts: Facts,
+    tile: Tiling,
+    value_dim: int,
+    divergence: str,
+    reads_teacher: bool,
+    precision: str,
+) -> Variant:
+    return _variant(
         block_q=tile.block_q,
         block_k=tile.block_k,
-        head_dim=head_dim,
+        head_dim=facts.head_dim,
         value_dim=value_dim,
-        teacher_dim=teacher_dim,
+        teacher_dim=facts.teacher_dim if reads_teacher else 0,
         divergence=divergence,
-        group=problem.group if teacher is not None else 1,
-        teacher_lse_given=teacher is not None and operands.teacher_lse is not None,
-        masked=mask is not None,
-        mask_per_key=mask is not None and mask_strides(mask)[2] == 0,
-        dropout=problem.dropout_p > 0.0 and value_dim > 0 if dropout is None else dropout,
-        precision=products_precision() if itemsize == 4 else "ieee",
+        group=facts.group if reads_teacher else 1,
+        teacher_lse_given=divergence != "none" and facts.teacher_lse_given,
+        masked=facts.mask_strides is not None,
+        mask_per_key=facts.mask_strides is not None and facts.mask_strides[2] == 0,
+        dropout=facts.dropout_p > 0.0 and value_dim > 0,
+        precision=precision,
         rescale_above=tile.rescale_above,
         interpreted=is_interpreted(),
     )
-    return variant, tile
 
 
-# Made once for each kind of call: wrapping its fields takes longer than a lookup.
+# One object for all facts that give the same: Triton compares those it was launched with.
 _variant = functools.lru_cache(maxsize=1024)(Variant)
 
 
 def student_of(problem: Problem) -> Student:
     """The student's tensors as a kernel takes them."""
     query, key, value, *_ = problem.operands
-    return Student(operand(query), operand(key), operand(value if value.shape[3] else None))
+    has_value = problem.facts.value_dim > 0
+    return Student(operand(query), operand(key), operand(value if has_value else None))
 
 
 def teacher_of(problem: Problem, teacher_lse: Tensor | None) -> Teacher:
@@ -171,13 +190,15 @@ def operand(tensor: Tensor | None) -> Operand:
 
 def mask_of(problem: Problem) -> Mask:
     """The mask, or none, as a kernel takes it."""
-    mask = problem.operands.attn_mask
-    return Mask(None, 0, 0, 0, 0) if mask is None else Mask(mask, *mask_strides(mask))
+    mask, strides = problem.operands.attn_mask, problem.facts.mask_strides
+    if mask is None or strides is None:
+        return Mask(None, 0, 0, 0, 0)
+    return Mask(mask.view(torch.uint8) if mask.dtype == torch.bool else mask, *strides)
 
 
 def noise_of(problem: Problem) -> Noise:
     """What dropout keeps, as a kernel takes it."""
-    dropout_p = problem.dropout_p
+    dropout_p = problem.facts.dropout_p
     if dropout_p == 0.0:
         return Noise(None, 0, 1.0)
     # A word is kept iff it is at least p * 2**32; p just below 1 keeps the highest word alone.
@@ -188,7 +209,8 @@ def noise_of(problem: Problem) -> Noise:
 
 def scales_of(problem: Problem) -> Scales:
     """The factors on logits and gradients as a kernel takes them."""
-    return Scales(problem.scale * LOG2E, problem.teacher_scale * LOG2E, problem.scale)
+    facts = problem.facts
+    return Scales(facts.scale * LOG2E, facts.teacher_scale * LOG2E, facts.scale)
 
 
 class Arriving(NamedTuple):
@@ -206,13 +228,13 @@ def backward_launches(
     problem: Problem,
     arriving: Arriving,
     constants: Tensor,  # [3, B, H, Lq] float32, scratch
-    grad_query: Tensor,  # [B, H, Lq, D]
-    grad_key: Tensor,  # [B, H, Lk, D]
-    grad_value: Tensor,  # [B, H, Lk, Dv], not written without a grad_output
+    grad_query: Tensor | None,  # [B, H, Lq, D], None where it is not wanted
+    grad_key: Tensor | None,  # [B, H, Lk, D], None where neither it nor grad_value is wanted
+    grad_value: Tensor,  # [B, H, Lk, Dv], written with grad_key, but not without a grad_output
 ) -> list[Launch]:
     """The backward pass of one sweep, kernels in their order."""
-    value_dim = 0 if arriving.grad_output is None else problem.operands.value.shape[3]
-    divergence = "none" if arriving.grad_kl is None else problem.divergence
+    value_dim = 0 if arriving.grad_output is None else problem.facts.value_dim
+    divergence = "none" if arriving.grad_kl is None else problem.facts.divergence
 
     def variant_of(kernel: str) -> tuple[Variant, Tiling]:
         return make_variant(kernel, problem, value_dim=value_dim, divergence=divergence)
@@ -226,15 +248,23 @@ def backward_launches(
         "state": arriving.row_state,
         "constants": constants,
         "scales": scales_of(problem),
-        **problem.sizes,
+        **problem.facts.sizes,
     }
-    variant, tile = variant_of("backward_keys")
-    keys = shared | {"grad_key": operand(grad_key), "grad_value": operand(grad_value), "V": variant}
-    by_keys = launch(backward_keys_kernel, problem, tile, "key_length", tile.block_k, keys)
-    variant, tile = variant_of("backward_rows")
-    rows = shared | {"grad_query": operand(grad_query), "V": variant}
-    by_rows = launch(backward_rows_kernel, problem, tile, "query_length", tile.block_q, rows)
-    return [row_constants_launch(problem, arriving, constants, variant, tile), by_keys, by_rows]
+    row_variant, row_tile = variant_of("backward_rows")
+    launches = [row_constants_launch(problem, arriving, constants, row_variant, row_tile)]
+    if grad_key is not None:
+        grads = {"grad_key": operand(grad_key), "grad_value": operand(grad_value)}
+        variant, tile = variant_of("backward_keys")
+        keys = {**shared, **grads, "V": variant}
+        launches.append(
+            launch(backward_keys_kernel, problem, tile, "key_length", tile.block_k, keys)
+        )
+    if grad_query is not None:
+        rows = {**shared, "grad_query": operand(grad_query), "V": row_variant}
+        launches.append(
+            launch(backward_rows_kernel, problem, row_tile, "query_length", row_tile.block_q, rows)
+        )
+    return launches
 
 
 def row_constants_launch(
@@ -248,7 +278,7 @@ def row_constants_launch(
         "state": arriving.row_state,
         "teacher_lse": arriving.teacher_lse,
         "constants": constants,
-        **problem.sizes,
+        **problem.facts.sizes,
         "V": variant,
     }
     return launch(row_constants_kernel, problem, tile, "query_length", tile.block_q, arguments)

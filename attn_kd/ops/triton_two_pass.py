@@ -8,7 +8,6 @@ the other: one kernel fills a scratch with a region's slopes, the others read th
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -85,13 +84,14 @@ def two_pass_forward(
 ) -> None:
     """Fill in the results of a forward pass."""
     teacher_lse, lse_rest = _first_pass(problem, output, lse, own_teacher_lse, row_state)
-    rows = _head_kernel("two_pass_forward", problem, teacher_lse, row_state, value_dim=0)
+    arguments = _shared(problem, teacher_lse, row_state)
+    rows = _head_kernel("two_pass_forward", problem, arguments, value_dim=0)
     rows.arguments.update(teacher_lse_rest=lse_rest, kl=kl)
-    if not problem.average_heads:
+    if not problem.facts.average_heads:
         region, no_parts = _whole(problem), {"kl_parts": None, "part_count": 0, "part_rows": 0}
         rows.run(_row_blocks(problem, region, rows), {**no_parts, **region.arguments(None)})
         return
-    slopes = _slopes_kernel(problem, teacher_lse, row_state)
+    slopes = _slopes_kernel(problem, arguments)
     slopes.arguments["teacher_lse_rest"] = lse_rest
     unit = _unit(slopes, rows)
     regions = regions_of(_whole(problem), unit)
@@ -109,83 +109,101 @@ def two_pass_forward(
 def two_pass_backward(
     problem: Problem,
     arriving: Arriving,
-    grad_query: Tensor,  # [B, H, Lq, D]
-    grad_key: Tensor,  # [B, H, Lk, D]
-    grad_value: Tensor,  # [B, H, Lk, Dv], not written without a grad_output
+    grad_query: Tensor | None,  # [B, H, Lq, D], None where it is not wanted
+    grad_key: Tensor | None,  # [B, H, Lk, D], None where neither it nor grad_value is wanted
+    grad_value: Tensor,  # [B, H, Lk, Dv], written with grad_key, but not without a grad_output
 ) -> None:
     """Fill in the gradients."""
-    averaged, teacher_lse, row_state = (
-        problem.average_heads,
-        arriving.teacher_lse,
-        arriving.row_state,
-    )
+    facts, teacher_lse, row_state = problem.facts, arriving.teacher_lse, arriving.row_state
     assert teacher_lse is not None
-    value_dim = 0 if arriving.grad_output is None else grad_value.shape[3]
+    if grad_query is None:  # its kernel leaves the offsets of rows to the other
+        grad_query = torch.empty_like(problem.operands.query)
+    value_dim = 0 if arriving.grad_output is None else facts.value_dim
+    arguments = _shared(problem, teacher_lse, row_state)
     rows, keys = (
-        _head_kernel(name, problem, teacher_lse, row_state, value_dim)
+        _head_kernel(name, problem, arguments, value_dim)
         for name in ("two_pass_backward_rows", "two_pass_backward_keys")
     )
-    slopes = _slopes_kernel(problem, teacher_lse, row_state)
+    slopes = _slopes_kernel(problem, arguments)
     slopes.arguments["teacher_lse_rest"] = None
     unit = _unit(slopes, rows, keys)
-    regions = regions_of(_whole(problem), unit) if averaged else [_whole(problem)]
-    scratch = _scratch(regions, unit, row_state) if averaged else None
+    regions = regions_of(_whole(problem), unit) if facts.average_heads else [_whole(problem)]
+    scratch = _scratch(regions, unit, row_state) if facts.average_heads else None
 
     # What regions add to is kept in float32.
+    grads_of_keys = [] if grad_key is None else [grad_key, grad_value][: 1 + (value_dim > 0)]
     row_sums = _sums([grad_query], any(region.key for region in regions))
-    key_sums = _sums([grad_key, grad_value][: 1 + (value_dim > 0)], any(r.query for r in regions))
-    shared = {
-        "noise": noise_of(problem),
-        "grad_output": operand(arriving.grad_output),
-        "grad_kl": arriving.grad_kl,
-        "offsets": torch.empty_like(row_state[0]),
-        "kl_share": 1.0 / problem.sizes["heads"] if averaged else 1.0,
-    }
-    rows.arguments.update(
-        shared,
-        output=operand(arriving.output if value_dim else None),
-        grad_lse=arriving.grad_lse,
-        grad_query=operand(row_sums[0]),
-    )
-    keys.arguments.update(
-        shared,
-        grad_key=operand(key_sums[0]),
-        grad_value=operand(key_sums[1] if value_dim else None),
-    )
+    key_sums = _sums(grads_of_keys, any(region.query for region in regions))
+    _add_gradients(rows, keys, problem, arriving, row_sums, key_sums)
     for region in regions:
         window = region.arguments(scratch)
         if scratch is not None:
             _fill(scratch, slopes, region, {"kl_parts": None, "part_count": 0})
         rows.run(_row_blocks(problem, region, rows), window)
-        keys.run(_key_blocks(problem, region, keys), window)
-    for grad, total in zip((grad_query, grad_key, grad_value), row_sums + key_sums, strict=False):
+        if key_sums:
+            keys.run(_key_blocks(problem, region, keys), window)
+    for grad, total in zip([grad_query, *grads_of_keys], row_sums + key_sums, strict=True):
         if total is not grad:
             grad.copy_(total)
+
+
+def _add_gradients(
+    rows: Kernel,
+    keys: Kernel,
+    problem: Problem,
+    arriving: Arriving,
+    row_sums: list[Tensor],
+    key_sums: list[Tensor],
+) -> None:
+    """Give the kernels of a backward pass what arrives, and what to write."""
+    facts = problem.facts
+    shared = {
+        "noise": noise_of(problem),
+        "grad_output": operand(arriving.grad_output),
+        "grad_kl": arriving.grad_kl,
+        "offsets": torch.empty_like(arriving.row_state[0]),
+        "kl_share": 1.0 / facts.sizes["heads"] if facts.average_heads else 1.0,
+    }
+    rows.arguments.update(
+        shared,
+        output=operand(arriving.output if arriving.grad_output is not None else None),
+        grad_lse=arriving.grad_lse,
+        grad_query=operand(row_sums[0]),
+    )
+    if key_sums:
+        keys.arguments.update(
+            shared,
+            grad_key=operand(key_sums[0]),
+            grad_value=operand(key_sums[1] if len(key_sums) > 1 else None),
+        )
 
 
 def _first_pass(
     problem: Problem, output: Tensor, lse: Tensor, own_teacher_lse: Tensor, row_state: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of the student; return the teacher's LSE and, of its own, what rounding dropped."""
-    teacher_query, teacher_key = problem.operands.teacher_query, problem.operands.teacher_key
-    assert teacher_query is not None and teacher_key is not None
-    student_alone = _without_teacher(problem)
-    if problem.operands.teacher_lse is not None:
+    operands, options = problem.operands, problem.options
+    one_pass = options._replace(divergence="reverse_kl", head_reduction="none")
+    student_alone = problem.changed(one_pass, **_NO_TEACHER)
+    if operands.teacher_lse is not None:
         forward_launch(student_alone, output, None, lse, None, None, row_state).run()
-        return problem.operands.teacher_lse, None
+        return operands.teacher_lse, None
     rest = torch.empty_like(own_teacher_lse)
     if own_teacher_lse.shape == lse.shape:
-        together = replace(problem, divergence="reverse_kl", average_heads=False)
+        together = problem.changed(one_pass)
         forward_launch(together, output, None, lse, own_teacher_lse, rest, row_state).run()
         return own_teacher_lse, rest
     forward_launch(student_alone, output, None, lse, None, None, row_state).run()
     # The teacher of other heads, as that of a student with its queries and some of its keys.
-    some_keys = teacher_key[:, :, :: problem.group]
-    operands = problem.operands._replace(
-        query=teacher_query, key=some_keys, value=some_keys[..., :0]
-    )
-    alone = replace(
-        problem, operands=operands, divergence="reverse_kl", average_heads=False, dropout_p=0.0
+    _, _, _, teacher_query, teacher_key, _, mask, _ = operands
+    assert teacher_query is not None and teacher_key is not None
+    some_keys = teacher_key[:, :, :: problem.facts.group]
+    alone = problem.changed(
+        one_pass._replace(dropout_p=0.0),
+        query=teacher_query,
+        key=some_keys,
+        value=some_keys[..., :0],
+        attn_mask=mask if mask is None or mask.dim() < 3 else mask[..., :1, :, :],
     )
     unwanted = torch.empty_like(own_teacher_lse)
     state = own_teacher_lse.new_empty(3, *own_teacher_lse.shape)
@@ -194,27 +212,21 @@ def _first_pass(
     return own_teacher_lse, rest
 
 
-def _without_teacher(problem: Problem) -> Problem:
-    operands = problem.operands._replace(teacher_query=None, teacher_key=None, teacher_lse=None)
-    return replace(problem, operands=operands, divergence="none", average_heads=False)
+_NO_TEACHER = {"teacher_query": None, "teacher_key": None, "teacher_lse": None}
 
 
-def _head_kernel(
-    name: str, problem: Problem, teacher_lse: Tensor, row_state: Tensor, value_dim: int
-) -> Kernel:
+def _head_kernel(name: str, problem: Problem, shared: Arguments, value_dim: int) -> Kernel:
     """A kernel of single heads; those of averaged maps need no teacher, but its slopes."""
-    variant, tile = make_variant(name, problem, value_dim=value_dim)
-    if problem.average_heads:
-        variant = replace(variant, teacher_dim=0, group=1)
-    return Kernel(_KERNELS[name], variant, tile, _shared(problem, teacher_lse, row_state))
+    averaged = problem.facts.average_heads
+    variant, tile = make_variant(name, problem, value_dim=value_dim, reads_teacher=not averaged)
+    return Kernel(_KERNELS[name], variant, tile, dict(shared))
 
 
-def _slopes_kernel(problem: Problem, teacher_lse: Tensor, row_state: Tensor) -> Kernel:
+def _slopes_kernel(problem: Problem, shared: Arguments) -> Kernel:
     variant, tile = make_variant("group_slopes", problem, value_dim=0)
-    arguments = _shared(problem, teacher_lse, row_state)
     teacher_query = problem.operands.teacher_query
     assert teacher_query is not None
-    arguments["teacher_heads"] = teacher_query.shape[1]
+    arguments = {**shared, "teacher_heads": teacher_query.shape[1]}
     return Kernel(group_slopes_kernel, variant, tile, arguments)
 
 
@@ -233,12 +245,12 @@ def _shared(problem: Problem, teacher_lse: Tensor, row_state: Tensor) -> Argumen
         "mask": mask_of(problem),
         "state": row_state,
         "scales": scales_of(problem),
-        **problem.sizes,
+        **problem.facts.sizes,
     }
 
 
 def _whole(problem: Problem) -> Region:
-    sizes = problem.sizes
+    sizes = problem.facts.sizes
     batch = sizes["batch_heads"] // sizes["heads"]
     return Region(0, batch, 0, sizes["query_length"], 0, sizes["key_length"])
 
@@ -304,11 +316,14 @@ def _fill(scratch: Tensor, slopes: Kernel, region: Region, parts: Arguments) -> 
 
 
 def _row_blocks(problem: Problem, region: Region, kernel: Kernel) -> int:
-    return region.entries * problem.sizes["heads"] * _blocks(region.queries, kernel.tile.block_q)
+    return (
+        region.entries * problem.facts.sizes["heads"] * _blocks(region.queries, kernel.tile.block_q)
+    )
 
 
 def _key_blocks(problem: Problem, region: Region, kernel: Kernel) -> int:
-    return region.entries * problem.sizes["heads"] * _blocks(region.keys, kernel.tile.block_k)
+    blocks = _blocks(region.keys, kernel.tile.block_k)
+    return region.entries * problem.facts.sizes["heads"] * blocks
 
 
 def _blocks(length: int, block: int) -> int:

@@ -79,13 +79,16 @@ def test_dtypes_that_autocast_makes_one(backend):
     assert torch.equal(actual.output, expected.output)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "triton"], indirect=True)
 @low_precision
-def test_of_the_operator_itself(cpu_backend, dtype):
-    """torch.ops.attn_kd casts as the public functions do."""
+def test_of_the_operator_itself(backend, dtype):
+    """torch.ops.attn_kd casts as the public functions do, and nothing of the teacher."""
     inputs = random_inputs(Sizes())
+    prefix = "triton_" if backend == "triton" else ""
+    operator = getattr(torch.ops.attn_kd, f"{prefix}attention_kl_forward")
     with torch.autocast(torch.get_default_device().type, dtype):
-        results = torch.ops.attn_kd.attention_kl_forward(*Operands(*inputs), *Options())
-        expected = attn_kd.attention_kl(*inputs, backend=cpu_backend)
+        results = operator(*Operands(*inputs), *Options())
+        expected = attn_kd.attention_kl(*inputs, backend=backend)
     assert results[0].dtype == dtype
     for actual, wanted in zip(results[:3], expected, strict=True):
         assert torch.equal(actual, wanted)

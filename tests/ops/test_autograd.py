@@ -8,6 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import attn_kd
@@ -26,6 +28,7 @@ from tests.ops.cases import (
 )
 
 every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES)
+by_kernels = pytest.mark.parametrize("backend", ["cpu", "triton"], indirect=True)
 
 SMALL = Sizes(B=1, H=2, Lq=4, Lk=5, D=3, Dv=2, Dt=4)
 
@@ -140,20 +143,21 @@ def test_gradients_accumulate(backend):
     torch.testing.assert_close(inputs.query.grad, 2 * expected["grad_query"])
 
 
-def test_backward_twice_over_a_retained_graph(cpu_backend):
+def test_backward_twice_over_a_retained_graph(backend):
     inputs, cotangents = random_inputs(Sizes()), random_cotangents(Sizes())
     inputs.query.requires_grad_()
-    out = attn_kd.attention_kl(*inputs, backend=cpu_backend)
+    out = attn_kd.attention_kl(*inputs, backend=backend)
     first, second = (
         torch.autograd.grad(out, inputs.query, cotangents, retain_graph=True)[0] for _ in range(2)
     )
     assert torch.equal(first, second)
 
 
-def test_differentiating_the_gradient_is_refused(cpu_backend):
+@by_kernels
+def test_differentiating_the_gradient_is_refused(backend):
     inputs = random_inputs(Sizes())
     query = inputs.query.requires_grad_()
-    out = attn_kd.attention_kl(*inputs, backend=cpu_backend)
+    out = attn_kd.attention_kl(*inputs, backend=backend)
     (grad,) = torch.autograd.grad(out.output.square().sum(), query, create_graph=True)
     with pytest.raises(RuntimeError, match="attention_kl_backward is not implemented"):
         grad.sum().backward()
@@ -188,14 +192,49 @@ def test_activation_checkpointing(backend, reentrant, divergence):
         assert torch.equal(leaf.grad, expected[f"grad_{name}"]), name
 
 
-def test_functional_grad(cpu_backend):
+@by_kernels
+@every_divergence
+def test_functional_vjp(backend, divergence):
+    inputs, cotangents = random_inputs(Sizes()), random_cotangents(Sizes())
+    expected = run_backend(backend, inputs, cotangents, divergence=divergence)
+
+    def function(*student: Tensor) -> tuple[Tensor, ...]:
+        options = {"divergence": divergence, "backend": backend}
+        return tuple(attn_kd.attention_kl(*student, *inputs[3:], **options))
+
+    results, vjp = torch.func.vjp(function, *inputs[:3])
+    assert torch.equal(results[1], expected["kl"])
+    for name, grad in zip(("query", "key", "value"), vjp(tuple(cotangents)), strict=True):
+        assert torch.equal(grad, expected[f"grad_{name}"]), name
+
+
+@by_kernels
+def test_functional_grad_within_a_graph(backend):
+    """As meta-learning has it: the inner gradient is a number to the outer graph."""
     inputs = random_inputs(Sizes())
 
-    def loss(query: Tensor) -> Tensor:
-        return attn_kd.attention_kl(query, *inputs[1:], backend=cpu_backend).kl.sum()
+    def loss(value: Tensor, query: Tensor) -> Tensor:
+        out = attn_kd.attention_kl(query, inputs.key, value, *inputs[3:], backend=backend)
+        return out.output.sum() + out.kl.sum()
 
-    expected = torch.autograd.grad(loss(inputs.query.requires_grad_()), inputs.query)[0]
-    torch.testing.assert_close(torch.func.grad(loss)(inputs.query.detach()), expected)
+    grad, result = torch.func.grad_and_value(loss)(inputs.value, inputs.query)
+    leaf = inputs.query.clone().requires_grad_()
+    _, with_graph = torch.func.grad_and_value(loss)(inputs.value, leaf)
+    assert torch.equal(result, with_graph)
+    (outer,) = torch.autograd.grad(with_graph, leaf)
+    (expected,) = torch.autograd.grad(loss(inputs.value, leaf), leaf)
+    assert torch.equal(outer, expected) and grad.shape == inputs.value.shape
+
+
+@by_kernels
+def test_the_derivative_of_a_functional_gradient_is_refused(backend):
+    inputs = random_inputs(Sizes(B=1, H=1))
+
+    def loss(query: Tensor) -> Tensor:
+        return attn_kd.attention_kl(query, *inputs[1:], backend=backend).output.square().sum()
+
+    with pytest.raises(RuntimeError, match="attention_kl_backward is not implemented"):
+        torch.func.grad(lambda query: torch.func.grad(loss)(query).sum())(inputs.query)
 
 
 @every_divergence
@@ -230,7 +269,7 @@ def test_results_that_are_not_differentiable(cpu_backend):
         assert [result.requires_grad for result in call(*arguments)] == [True] * 3 + [False] * 2
 
 
-@pytest.mark.parametrize("backend", ["cpu", "triton"], indirect=True)
+@by_kernels
 def test_forward_mode_is_refused(backend):
     """Silently dropping the tangents would be worse."""
     inputs = random_inputs(Sizes())
@@ -238,3 +277,38 @@ def test_forward_mode_is_refused(backend):
         dual = torch.autograd.forward_ad.make_dual(inputs.query, torch.ones_like(inputs.query))
         with pytest.raises(NotImplementedError, match="forward-mode"):
             attn_kd.attention_kl(dual, *inputs[1:], backend=backend)
+
+
+@pytest.mark.gpu
+def test_the_python_function_on_a_gpu_is_over_the_triton_operators():
+    inputs, cotangents = random_inputs(Sizes()), random_cotangents(Sizes())
+    inputs, cotangents = (type(x)(*(t.cuda() for t in x)) for x in (inputs, cotangents))
+
+    def by(call: Callable) -> Results:
+        def function(*tensors: Tensor) -> tuple[Tensor, ...]:
+            return call(*Operands(*tensors), *Options())[:3]
+
+        return run(function, inputs, cotangents)
+
+    operator = torch.ops.attn_kd.triton_attention_kl_forward
+    assert_equal(by(attn_kd.FusedAttentionKL.apply), by(operator))
+
+
+def test_the_device_decides_the_operator_of_the_python_function():
+    """Tensors of a CUDA device that are traced alone: what they call is seen without a GPU."""
+    called = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    for device in ("cpu", "cuda"):
+        with FakeTensorMode(), Recorder():
+            inputs = [torch.empty(1, 2, 5, 8, device=device) for _ in range(5)]
+            attn_kd.FusedAttentionKL.apply(*Operands(*inputs), *Options())
+    forwards = [name for name in called if "attention_kl_forward" in name]
+    assert forwards == [
+        "attn_kd.attention_kl_forward.default",
+        "attn_kd.triton_attention_kl_forward.default",
+    ]

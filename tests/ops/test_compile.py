@@ -14,6 +14,7 @@ import attn_kd
 from tests.ops.cases import DIVERGENCES, Sizes, random_cotangents, random_inputs, run
 
 every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES)
+by_kernels = pytest.mark.parametrize("backend", ["cpu", "triton"], indirect=True)
 
 
 @pytest.fixture(autouse=True)
@@ -69,33 +70,34 @@ def test_whole_graph_of_every_kind(backend, sizes, options):
     check(function, compiled, sizes, options.get("head_reduction", "none"))
 
 
-def test_compiled_autograd(cpu_backend):
+@by_kernels
+def test_compiled_autograd(backend):
     """The backward pass of an eager call, traced when it runs."""
     inputs, cotangents = random_inputs(Sizes()), random_cotangents(Sizes())
-    expected = run(operator(cpu_backend), inputs, cotangents)
+    expected = run(operator(backend), inputs, cotangents)
 
     def compiler(graph: torch.fx.GraphModule) -> Callable:
         return torch.compile(graph, backend="aot_eager")
 
     with torch._dynamo.compiled_autograd._enable(compiler):
-        actual = run(operator(cpu_backend), inputs, cotangents)
+        actual = run(operator(backend), inputs, cotangents)
     for name in expected:
         torch.testing.assert_close(actual[name], expected[name])
 
 
-def test_attention_and_divergence_alone(cpu_backend):
+@by_kernels
+def test_attention_and_divergence_alone(backend):
     def function(query, key, value, teacher_query, teacher_key):
-        attention = attn_kd.attention(query, key, value, backend=cpu_backend)
-        alone = attn_kd.attention_kl_div(
-            query, key, teacher_query, teacher_key, backend=cpu_backend
-        )
+        attention = attn_kd.attention(query, key, value, backend=backend)
+        alone = attn_kd.attention_kl_div(query, key, teacher_query, teacher_key, backend=backend)
         return attention.output, alone.kl, attention.lse + alone.lse
 
     check(function, torch.compile(function, backend="aot_eager", fullgraph=True), Sizes())
 
 
-def test_dynamic_shapes_are_not_compiled_again(cpu_backend):
-    function = operator(cpu_backend)
+@by_kernels
+def test_dynamic_shapes_are_not_compiled_again(backend):
+    function = operator(backend)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(function, backend=counter, fullgraph=True, dynamic=True)
     check(function, compiled, Sizes(Lq=13, Lk=29))
@@ -105,7 +107,8 @@ def test_dynamic_shapes_are_not_compiled_again(cpu_backend):
     assert counter.frame_count == compiled_frames > 0
 
 
-def test_teacher_without_grad_mode_inside_the_graph(cpu_backend):
+@by_kernels
+def test_teacher_without_grad_mode_inside_the_graph(backend):
     """As a distiller runs it: the teacher's own attention first, its LSE given on."""
 
     def function(query, key, value, teacher_query, teacher_key):
@@ -113,11 +116,22 @@ def test_teacher_without_grad_mode_inside_the_graph(cpu_backend):
             lse = attn_kd.attention(teacher_query, teacher_key, teacher_key).lse
         return tuple(
             attn_kd.attention_kl(
-                query, key, value, teacher_query, teacher_key, teacher_lse=lse, backend=cpu_backend
+                query, key, value, teacher_query, teacher_key, teacher_lse=lse, backend=backend
             )
         )
 
     check(function, torch.compile(function, backend="aot_eager", fullgraph=True), Sizes())
+
+
+def test_functional_grad_inside_the_graph(backend):
+    inputs = random_inputs(Sizes())
+
+    def loss(query: Tensor) -> Tensor:
+        out = attn_kd.attention_kl(query, *inputs[1:], backend=backend)
+        return out.output.square().sum() + out.kl.sum()
+
+    compiled = torch.compile(torch.func.grad(loss), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(inputs.query), torch.func.grad(loss)(inputs.query))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++")

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from collections.abc import Iterator
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-import attn_kd
 from attn_kd.ops.arguments import Operands, Options
 from tests.conftest import HAS_GPU
-from tests.ops.cases import (
-    Sizes,
-    assert_as_accurate_as_eager,
-    assert_equal,
-    random_cotangents,
-    random_inputs,
-    run_backend,
-)
+from tests.ops.cases import DIVERGENCES
 from tests.ops.conftest import require_backend
 from tests.ops.test_operators import KINDS, forward_arguments
 from tests.ops.test_operators import REFUSED as REFUSED_BY_ALL
@@ -54,9 +46,11 @@ def backward_arguments(kind: str, options: Options) -> tuple:
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_the_schemas_are_those_of_the_compiled_operators(cpu_backend, direction):
+    """But that gradients can be left out."""
     compiled = getattr(torch.ops.attn_kd, f"attention_kl_{direction}").default._schema
     ours = getattr(torch.ops.attn_kd, f"triton_attention_kl_{direction}").default._schema
-    assert str(ours) == str(compiled).replace("attn_kd::", "attn_kd::triton_")
+    without_mask = str(ours).replace(", *, bool[3] output_mask=[True, True, True]", "")
+    assert without_mask == str(compiled).replace("attn_kd::", "attn_kd::triton_")
 
 
 @pytest.mark.parametrize("kind", sorted({*KINDS} - {"teacher", "additive", "key padding"}))
@@ -94,65 +88,80 @@ def test_float64_is_refused(position):
         FORWARD(*arguments)
 
 
-def test_differentiating_the_gradient_is_refused():
-    inputs = random_inputs(Sizes(B=1, H=1))
-    query = inputs.query.requires_grad_()
-    out = attn_kd.attention_kl(*inputs, backend="triton")
-    (grad,) = torch.autograd.grad(out.output.square().sum(), query, create_graph=True)
-    with pytest.raises(RuntimeError, match="attention_kl_backward is not implemented"):
-        grad.sum().backward()
-
-
 def test_results_that_are_not_differentiable():
     arguments = [*forward_arguments("teacher", Options())]
     arguments[0].requires_grad_()
     assert [result.requires_grad for result in FORWARD(*arguments)] == [True] * 3 + [False] * 2
 
 
-def test_the_same_call_gives_the_same_bits():
-    sizes = Sizes(B=1, H=2, Lq=130, Lk=260)
-    inputs, cotangents = random_inputs(sizes), random_cotangents(sizes)
-    first = run_backend("triton", inputs, cotangents)
-    assert_equal(run_backend("triton", inputs, cotangents), first)
+MODES = {
+    "one pass": Options(),
+    **{f"two passes, {name}": Options(divergence=name) for name in DIVERGENCES[2:]},
+    "head averages": Options(head_reduction="mean"),
+}
+every_mode = pytest.mark.parametrize("options", MODES.values(), ids=MODES.keys())
+SOME_GRADIENTS = [mask for mask in itertools.product((False, True), repeat=3) if 0 < sum(mask) < 3]
 
 
-@pytest.mark.skipif(HAS_GPU, reason="tilings of the interpreter")
-class TestTilings:
-    """Many small tiles, whose sums must be moved from one origin to the next."""
+def named(mask: tuple[bool, ...]) -> str:
+    return " and ".join(n for n, m in zip(("query", "key", "value"), mask, strict=True) if m)
 
-    sizes = Sizes(B=1, H=1, Lq=20, Lk=70)
 
-    def run(self, monkeypatch, rescale_above: int, **options) -> None:
-        from attn_kd.kernels.triton import configurations
+@every_mode
+@pytest.mark.parametrize("mask", SOME_GRADIENTS, ids=named)
+def test_gradients_that_are_not_wanted_come_back_empty(options, mask):
+    arguments = backward_arguments("key padding", options)
+    for grad, full, is_wanted in zip(
+        BACKWARD(*arguments, output_mask=mask), BACKWARD(*arguments), mask, strict=True
+    ):
+        assert torch.equal(grad, full) if is_wanted else grad.shape == (0,)
 
-        tiling = configurations.Tiling(16, 16, 4, 1, rescale_above)
-        monkeypatch.setattr(configurations, "INTERPRETED", tiling)
-        inputs, cotangents = random_inputs(self.sizes), random_cotangents(self.sizes)
-        # Logits that grow from tile to tile: by powers of two from below 1 to above 8.
-        growing = torch.linspace(0.1, 6, self.sizes.Lk)[:, None]
-        inputs = inputs._replace(key=inputs.key * growing, teacher_key=inputs.teacher_key * growing)
-        actual = run_backend("triton", inputs, cotangents, **options)
-        assert_as_accurate_as_eager(actual, inputs, cotangents, **options)
 
-    @pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl"])
-    @pytest.mark.parametrize("rescale_above", [0, 1, 8], ids=lambda n: f"rescaled above {n}")
-    def test_sums_that_are_rescaled_seldom_or_always(self, monkeypatch, rescale_above, divergence):
-        self.run(monkeypatch, rescale_above, divergence=divergence)
+@pytest.mark.parametrize("mask", SOME_GRADIENTS, ids=named)
+def test_kernels_run_for_gradients_that_are_wanted_alone(monkeypatch, mask):
+    from attn_kd.ops import triton_launch
 
-    @pytest.mark.parametrize("rescale_above", [0, 8], ids=lambda n: f"rescaled above {n}")
-    def test_rows_that_see_their_first_key_in_a_later_tile(self, monkeypatch, rescale_above):
-        mask = torch.rand(self.sizes.Lq, self.sizes.Lk) > 0.3
-        mask[3, :40] = mask[4] = False
-        self.run(monkeypatch, rescale_above, attn_mask=mask)
+    arguments = backward_arguments("teacher", Options())
+    kernels, run = [], triton_launch.Launch.run
 
-    @pytest.mark.parametrize("divergence", ["reverse_kl", "js"])
-    @pytest.mark.parametrize("rows", [1, sizes.Lq], ids=["per key", "of pairs"])
-    @pytest.mark.parametrize("additive", [False, True], ids=["bool", "additive"])
-    def test_every_tile_reads_its_own_part_of_a_mask(self, monkeypatch, divergence, rows, additive):
-        mask = torch.rand(1, 1, rows, self.sizes.Lk) > 0.3
-        if additive:
-            mask = torch.where(mask, 3 * torch.randn(mask.shape), float("-inf"))
-        self.run(monkeypatch, 0, attn_mask=mask, divergence=divergence)
+    def recorded(launch: triton_launch.Launch) -> None:
+        kernels.append(launch.kernel)
+        run(launch)
+
+    monkeypatch.setattr(triton_launch.Launch, "run", recorded)
+    BACKWARD(*arguments, output_mask=mask)
+    of_query, of_key, of_value = mask
+    assert (triton_launch.backward_rows_kernel in kernels) == of_query
+    assert (triton_launch.backward_keys_kernel in kernels) == (of_key or of_value)
+
+
+def test_opcheck_of_some_gradients():
+    arguments = backward_arguments("teacher", Options())
+    opcheck(BACKWARD.default, arguments, {"output_mask": [False, True, True]})
+
+
+@pytest.mark.parametrize("position", range(3, 6), ids=Operands._fields[3:6])
+def test_constants_that_ask_for_a_gradient_are_refused(position):
+    """By the operator; the public functions detach them."""
+    arguments = [*forward_arguments("teacher_lse", Options())]
+    arguments[position].requires_grad_()
+    with pytest.raises(ValueError, match=f"{Operands._fields[position]} requires grad"):
+        FORWARD(*arguments)
+
+
+def test_the_operator_under_torch_func():
+    """At any level: the gradient by one argument inside of that by another."""
+    arguments = forward_arguments("teacher", Options())
+
+    def loss(query: Tensor, key: Tensor) -> Tensor:
+        output, kl, *_ = FORWARD(query, key, *arguments[2:])
+        return output.square().sum() + kl.sum()
+
+    query, key = (tensor.clone().requires_grad_() for tensor in arguments[:2])
+    expected = torch.autograd.grad(loss(query, key), (query, key))
+    actual = torch.func.grad(loss, argnums=(0, 1))(*arguments[:2])
+    for grad, wanted in zip(actual, expected, strict=True):
+        assert torch.equal(grad, wanted)
 
 
 REFUSED = """
@@ -178,39 +187,3 @@ def test_tensors_of_the_cpu_are_refused_without_the_interpreter(monkeypatch):
     by_function, by_operator = done.stdout.splitlines()
     assert "backend='triton' cannot run here" in by_function
     assert "TRITON_INTERPRET=1" in by_operator
-
-
-@pytest.mark.gpu
-class TestOnAGPU:
-    def test_a_call_is_captured_and_replayed(self):
-        inputs = random_inputs(Sizes(Lq=130, Lk=200, D=32, Dv=32, Dt=32), torch.bfloat16)
-        call = partial(attn_kd.attention_kl, *inputs, dropout_p=0.1, backend="triton")
-        call()  # compiles
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = call()
-        graph.replay()
-        first = captured.kl.clone()
-        inputs.query.mul_(2)
-        graph.replay()
-        torch.testing.assert_close(captured.kl, call().kl)
-        assert not torch.equal(captured.kl, first)
-
-    def test_nothing_waits_for_the_device(self):
-        inputs = random_inputs(Sizes(), torch.bfloat16)
-        leaves = [tensor.requires_grad_() for tensor in inputs[:3]]
-        for _ in range(2):  # the first compiles
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                out = attn_kd.attention_kl(*leaves, *inputs[3:], dropout_p=0.1, backend="triton")
-                (out.output.sum() + out.kl.sum()).backward()
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-
-    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-    def test_the_current_device_need_not_be_that_of_the_tensors(self):
-        inputs = random_inputs(Sizes())
-        expected = attn_kd.attention_kl(*inputs, backend="triton")
-        there = [tensor.to("cuda:1") for tensor in inputs]
-        actual = attn_kd.attention_kl(*there, backend="triton")
-        torch.testing.assert_close(actual.kl.to("cuda:0"), expected.kl)
