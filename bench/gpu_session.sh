@@ -1,20 +1,29 @@
 #!/bin/sh
-# Everything that takes an NVIDIA GPU: build, tests, sanitizers, benchmarks; tables in $OUT.
+# Everything that takes an NVIDIA GPU: build, tests, sanitizers, benchmarks, tuning; tables in $OUT.
 #
 #   make gpu                                   in the environment that the Makefile makes
 #   PYTHON=python3 bench/gpu_session.sh        in another that has torch, triton and the dev extra
-#   bench/gpu_session.sh build sanitize        some steps of: build tests sanitize bench resources
+#   bench/gpu_session.sh build sanitize        some steps of: build gpu sanitize bench tune tests
+#                                              resources; without any, all but tune
+#   LIMIT=330 bench/gpu_session.sh build gpu sanitize bench tune     in half an hour at the most
 #
 # OUT      where the results go (default: bench/results)
 # PYTHON   the interpreter (default: .venv/bin/python)
 # BUDGET   seconds for the rounds of one measurement (default: 1; a GPU needs no more)
+# LIMIT    seconds after which a step is interrupted and counts as failed; what benchmarks have
+#          measured by then is kept (default: 0, no limit)
 #
-# A step that fails does not keep the others from running; the exit status is 1 if any did.
+# The steps stand in the order of their worth: `gpu` is the tests that need a GPU and nothing else,
+# `tests` all of them, for which Triton compiles some thousand kernels. `tune` tries other tilings
+# (bench/tune_triton.py); it compiles some 200 kernels on all cores, then times them. No GPU has run
+# it yet: minutes, by estimate. A step that fails does not keep the others from running; the exit
+# status is 1 if any did.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 OUT=${OUT:-bench/results}
 PYTHON=${PYTHON:-.venv/bin/python}
 BUDGET=${BUDGET:-1}
+LIMIT=${LIMIT:-0}
 FAILED=
 mkdir -p "$OUT"
 
@@ -23,7 +32,8 @@ attempt() {
     name=$1
     shift
     echo "== $name"
-    "$@" >"$OUT/gpu-$name.log" 2>&1 || FAILED="$FAILED $name"
+    timeout --signal INT --kill-after 20 "$LIMIT" "$@" >"$OUT/gpu-$name.log" 2>&1 ||
+        FAILED="$FAILED $name"
     tail -n 5 "$OUT/gpu-$name.log"
 }
 
@@ -33,8 +43,8 @@ build() {
     attempt info "$PYTHON" -m attn_kd info
 }
 
-tests() {
-    attempt tests "$PYTHON" -m pytest
+gpu() {
+    attempt gpu "$PYTHON" -m pytest -m gpu
 }
 
 # memcheck knows allocations, so tensors must not be cut from larger ones, as torch's allocator does.
@@ -45,6 +55,8 @@ sanitize() {
         FAILED="$FAILED sanitize"
         return
     fi
+    whole=$LIMIT
+    LIMIT=$((whole / 4))
     for backend in triton cuda; do
         for tool in memcheck racecheck; do
             attempt "$tool-$backend" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
@@ -52,6 +64,7 @@ sanitize() {
                 "$PYTHON" -m bench.sanitizer_cases --backend "$backend"
         done
     done
+    LIMIT=$whole
 }
 
 bench() {
@@ -59,6 +72,14 @@ bench() {
         --benchmark-json "$OUT/gpu-bench.json"
     name=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name())' | tr ' A-Z' '-a-z')
     "$PYTHON" -m bench.summary "$OUT/gpu-bench.json" >"$OUT/$name.md" || FAILED="$FAILED summary"
+}
+
+tune() {
+    attempt tune "$PYTHON" -m bench.tune_triton
+}
+
+tests() {
+    attempt tests "$PYTHON" -m pytest
 }
 
 resources() {
@@ -69,9 +90,9 @@ if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; 
     echo "gpu_session.sh: $PYTHON finds no GPU" >&2
     exit 1
 fi
-for step in ${*:-build tests sanitize bench resources}; do
+for step in ${*:-build gpu sanitize bench tests resources}; do
     case $step in
-    build | tests | sanitize | bench | resources) "$step" ;;
+    build | gpu | sanitize | bench | tune | tests | resources) "$step" ;;
     *)
         echo "gpu_session.sh: unknown step '$step'" >&2
         exit 2

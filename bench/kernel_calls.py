@@ -5,27 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from attn_kd.kernels.triton import configurations
+from attn_kd.kernels.triton.configurations import KERNELS, WIDTHS, Tiling, tiling
 from attn_kd.ops import triton_operator
+from bench.cubins import ARCHITECTURES
 
 TOKENS = 1064
 # Enough for large blocks, and too few: with so few rows, blocks are halved to busy a whole GPU.
 HEADS, FEW_HEADS = 128, 8
+TUNED_WIDTHS = (32, 64)
+DTYPES = (torch.bfloat16, torch.float32)  # one of each kind that has its own tilings
 
 
 @dataclass(frozen=True)
 class KernelCall:
-    """A forward pass and its backward, on tensors that take no memory.
-
-    Attributes:
-        tuned: the tilings are meant to be fast, and may not spill.
-        everywhere: the tests compile it for every architecture, not for one alone.
-        rescale_above: of the forward pass's tilings, in the place of the tables' own.
-    """
+    """A forward pass and its backward, on tensors that take no memory."""
 
     head_dim: int = 32
     dtype: torch.dtype = torch.bfloat16
@@ -36,14 +36,20 @@ class KernelCall:
     head_reduction: str = "none"
     mask: str | None = None  # "keys": bool, of a key; "pairs": additive, of a query and a key
     dropout_p: float = 0.0
-    tuned: bool = False
-    everywhere: bool = False
     heads: int = HEADS
-    rescale_above: int | None = None
+    rescale_above: int | None = None  # of the forward pass, in the place of the tables' own
+
+    @property
+    def tuned(self) -> bool:
+        """Whether the tilings are meant to be fast; these may not spill."""
+        return self.head_dim in TUNED_WIDTHS and self.dtype.itemsize == 2
 
     def run(self) -> None:
         """Launch the kernels of both passes."""
-        with _rescaling(self.rescale_above):
+        key = "forward", self.head_dim
+        own = table_of(self.dtype)[key]
+        above = own.rescale_above if self.rescale_above is None else self.rescale_above
+        with entry_replaced(*key, self.dtype, own._replace(rescale_above=above)):
             self._run()
 
     def _run(self) -> None:
@@ -78,40 +84,65 @@ class KernelCall:
         return None
 
 
+def table_of(dtype: torch.dtype) -> dict[tuple[str, int], Tiling]:
+    """The tilings of operands of that dtype, by kernel and class of width."""
+    return configurations._HALF if dtype.itemsize == 2 else configurations._FLOAT
+
+
 @contextmanager
-def _rescaling(rescale_above: int | None) -> Iterator[None]:
-    table = configurations._HALF
-    before = dict(table)
-    if rescale_above is not None:
-        table.update({key: t._replace(rescale_above=rescale_above) for key, t in before.items()})
-    try:
+def entry_replaced(kernel: str, width: int, dtype: torch.dtype, tile: Tiling) -> Iterator[None]:
+    """Within it, that entry of the tables is another; where Triton interprets, so are all."""
+    with (
+        mock.patch.dict(table_of(dtype), {(kernel, width): tile}),
+        mock.patch.object(configurations, "INTERPRETED", tile),
+    ):
         yield
-    finally:
-        table.update(before)
 
 
-FLOAT = torch.float32
-CALLS = {
-    "head_dim 32": KernelCall(tuned=True, everywhere=True),
-    "head_dim 64": KernelCall(64, tuned=True, everywhere=True),
-    "head_dim 32, few rows": KernelCall(tuned=True, heads=FEW_HEADS),
-    "head_dim 64, few rows": KernelCall(64, tuned=True, heads=FEW_HEADS),
-    "rescaled above 2^8": KernelCall(rescale_above=8),
-    "head_dim 64, rescaled above 2^8": KernelCall(64, rescale_above=8),
-    "teacher's LSE computed": KernelCall(teacher_lse=False, tuned=True),
-    "key padding": KernelCall(mask="keys", tuned=True),
-    "mask of pairs, dropout": KernelCall(mask="pairs", dropout_p=0.1),
-    "forward_kl": KernelCall(divergence="forward_kl", tuned=True),
-    "attention": KernelCall(teacher=False),  # on sm_100 the rows' gradients spill 16 bytes
-    "divergence alone": KernelCall(value=False, tuned=True),
-    "js": KernelCall(divergence="js", tuned=True),
-    "mse": KernelCall(divergence="mse", tuned=True),
-    "head mean": KernelCall(head_reduction="mean", tuned=True),
-    "head mean, js": KernelCall(head_reduction="mean", divergence="js"),
-    "head_dim 128": KernelCall(128),
-    "head_dim 256": KernelCall(256),
-    "float32": KernelCall(dtype=FLOAT),
-    "float32, head_dim 64": KernelCall(64, FLOAT),
-    "float32, head_dim 256": KernelCall(256, FLOAT),
-    "float32, head mean": KernelCall(dtype=FLOAT, head_reduction="mean"),
+def tile_of(kernel: str, width: int, dtype: torch.dtype, arch: int, heads: int) -> Tiling:
+    """The tiling of a kernel in a call with so many heads of that width."""
+    return tiling(kernel, width, dtype.itemsize, arch, heads, TOKENS)
+
+
+def calls_of_the_tables() -> dict[str, KernelCall]:
+    """Calls that launch every kernel in every tiling that the tables give for TOKENS."""
+    calls = {}
+    for dtype in DTYPES:
+        for width in WIDTHS:
+            name = f"head_dim {width}" if dtype.itemsize == 2 else f"float32, head_dim {width}"
+            calls[name] = KernelCall(width, dtype)
+            calls[f"{name}, head mean"] = KernelCall(width, dtype, head_reduction="mean")
+            if any(
+                tile_of(kernel, width, dtype, arch, HEADS)
+                != tile_of(kernel, width, dtype, arch, FEW_HEADS)
+                for kernel in KERNELS
+                for arch in ARCHITECTURES
+            ):
+                calls[f"{name}, few rows"] = KernelCall(width, dtype, heads=FEW_HEADS)
+    return calls
+
+
+# What a call may ask for besides, and kernels are compiled for.
+FORMS: dict[str, dict[str, Any]] = {
+    "teacher's LSE computed": {"teacher_lse": False},
+    "key padding": {"mask": "keys"},
+    "key padding, dropout": {"mask": "keys", "dropout_p": 0.1},
+    "mask of pairs": {"mask": "pairs"},
+    "mask of pairs, dropout": {"mask": "pairs", "dropout_p": 0.1},
+    "dropout": {"dropout_p": 0.1},
+    "forward_kl": {"divergence": "forward_kl"},
+    "attention": {"teacher": False},
+    "divergence alone": {"value": False},
+    "js": {"divergence": "js"},
+    "mse": {"divergence": "mse"},
+    "head mean, js": {"head_reduction": "mean", "divergence": "js"},
+    "rescaled above 2^8": {"rescale_above": 8},
+    "float16": {"dtype": torch.float16},
 }
+OF_THE_TABLES = calls_of_the_tables()
+OF_THE_FORMS = {
+    f"head_dim {width}, {form}": KernelCall(width, **asked)
+    for width in TUNED_WIDTHS
+    for form, asked in FORMS.items()
+}
+CALLS = {**OF_THE_TABLES, **OF_THE_FORMS}

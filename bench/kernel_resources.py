@@ -1,6 +1,7 @@
 """Registers, spills and shared memory of every GPU kernel, from cubins; no GPU is needed.
 
     python -m bench.kernel_resources > bench/results/kernel-resources.md
+    python -m bench.kernel_resources --arch 80 --only "head_dim 64.*js"    a part of it
 
 Triton kernels are compiled by the calls of `kernel_calls.py`, CUDA C++ kernels where there is an
 nvcc.
@@ -21,17 +22,21 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bench.cubins import ARCHITECTURES, Resources, read_resources
 from bench.nvcc_cubins import SOURCES, compile_cubin, nvcc, readable
 from bench.tables import markdown
 
+if TYPE_CHECKING:
+    from bench.triton_cubins import Launch  # imports Triton
+
 QUICK_ARCH = 90  # of the calls that the tests do not compile for all
 NOTE = (
     "Of each kernel as it is compiled for the architecture: registers and bytes of stack of a "
     "thread (a stack is spilled registers), shared memory of a block, and the warps that a "
-    "multiprocessor can hold at a time; for sm_80 / sm_90 / sm_100. The kernels were compiled, not "
-    "run."
+    "multiprocessor can hold at a time; for sm_80 / sm_90 / sm_100. What several calls launch "
+    "stands at the first. The kernels were compiled, not run."
 )
 
 
@@ -48,6 +53,7 @@ class Row:
     stages: int
     tuned: bool
     resources: Resources
+    compiled: str  # what identifies the machine code among those of one architecture
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -67,6 +73,7 @@ FIGURES: dict[str, Callable[[Row], str]] = {
     "shared, KiB": lambda row: f"{row.resources.shared_bytes / 1024:.0f}",
     "warps/SM": lambda row: str(row.resident_warps),
 }
+Piece = Callable[[], list[Row]]  # of the work
 
 
 def triton_rows(call: str, arch: int) -> list[Row]:
@@ -76,12 +83,18 @@ def triton_rows(call: str, arch: int) -> list[Row]:
 
     with compiling_for(arch) as launches:
         CALLS[call].run()
+    return rows_of(launches, call, CALLS[call].tuned)
+
+
+def rows_of(launches: Sequence[Launch], call: str, tuned: bool) -> list[Row]:
+    """The kernels that a call has launched."""
     rows = []
     for launch in launches:
         variant = launch.constants["V"]
         tile = f"{variant.block_q.value} × {variant.block_k.value}"
-        shape = (tile, launch.warps, launch.stages, CALLS[call].tuned)
-        rows.append(Row("triton", call, launch.kernel, arch, *shape, launch.resources))
+        shape = (launch.arch, tile, launch.warps, launch.stages, tuned)
+        found = (launch.resources, launch.compiled)
+        rows.append(Row("triton", call, launch.kernel, *shape, *found))
     return rows
 
 
@@ -90,26 +103,37 @@ def cuda_rows(source: Path, arch: int) -> list[Row]:
     rows = []
     for symbol, resources in sorted(read_resources(compile_cubin(source, arch)).items()):
         shape = ("", (resources.threads or 0) // 32, 1, True)
-        rows.append(Row("cuda", source.name, readable(symbol), arch, *shape, resources))
+        found = (resources, symbol)
+        rows.append(Row("cuda", source.name, readable(symbol), arch, *shape, *found))
     return rows
 
 
-def work(quick: bool) -> list[Callable[[], list[Row]]]:
-    """What is to be compiled; `quick`: by the tests."""
-    from bench.kernel_calls import CALLS
+def work(
+    quick: bool = False, only: str = "", architectures: Sequence[int] = tuple(ARCHITECTURES)
+) -> list[Piece]:
+    """What is to be compiled.
 
-    pieces: list[Callable[[], list[Row]]] = []
-    for arch in ARCHITECTURES:
-        for name, call in CALLS.items():
-            if not quick or call.everywhere or (call.tuned and arch == QUICK_ARCH):
+    Args:
+        quick: what the tests compile: every entry of the tables for every architecture, and what
+            else calls may ask for, of the tuned widths, for one of them.
+        only: of the calls and source files in whose names this regular expression is found.
+    """
+    from bench.kernel_calls import CALLS, OF_THE_TABLES
+
+    pieces: list[Piece] = []
+    for arch in architectures:
+        for name in CALLS:
+            wanted = not quick or name in OF_THE_TABLES or arch == QUICK_ARCH
+            if wanted and re.search(only, name):
                 pieces.append(partial(triton_rows, name, arch))
         if nvcc():
-            pieces += [partial(cuda_rows, source, arch) for source in SOURCES]
+            sources = [source for source in SOURCES if re.search(only, source.name)]
+            pieces += [partial(cuda_rows, source, arch) for source in sources]
     return pieces
 
 
-def compile_all(pieces: Sequence[Callable[[], list[Row]]], jobs: int) -> list[Row]:
-    """The rows of all pieces, in their order, each kernel once for each architecture and tiling."""
+def compile_all(pieces: Sequence[Piece], jobs: int) -> list[Row]:
+    """The rows of all pieces, in their order."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context) as pool:
         futures = [pool.submit(piece) for piece in pieces]
@@ -119,17 +143,22 @@ def compile_all(pieces: Sequence[Callable[[], list[Row]]], jobs: int) -> list[Ro
 def table(rows: Sequence[Row]) -> list[list[str]]:
     """A line for each kernel and tiling, its figures for all architectures side by side.
 
-    Of kernels that differ in the 16-bit type alone, the one that needs more.
+    Of kernels that differ in the 16-bit type alone, the one that needs more; of the same machine
+    code for several calls, the first.
     """
     lines: dict[tuple[str, ...], dict[int, Row]] = {}
     for row in sorted(rows, key=lambda row: (row.resources.stack_bytes, row.resources.registers)):
         lines.setdefault(row.names, {})[row.arch] = row
+    in_order = dict.fromkeys(row.names for row in rows)
+    by_code: dict[tuple[tuple[int, str], ...], tuple[str, ...]] = {}
+    for names in in_order:
+        code = tuple(sorted((arch, row.compiled) for arch, row in lines[names].items()))
+        by_code.setdefault(code, names)
     head = ["kernel", "call", "tile", "warps", "stages"]
     archs = " / ".join(str(arch) for arch in ARCHITECTURES)
-    in_order = dict.fromkeys(row.names for row in rows)
     return [
         [*head, *(f"{figure}, {archs}" for figure in FIGURES)],
-        *([*names, *_figures(lines[names])] for names in in_order),
+        *([*names, *_figures(lines[names])] for names in by_code.values()),
     ]
 
 
@@ -161,13 +190,24 @@ def compilers() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.kernel_resources", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.kernel_resources", description=__doc__.partition("\n")[0]
+    )
     parser.add_argument("--quick", action="store_true", help="only what the tests compile")
+    parser.add_argument("--only", default="", metavar="REGEX", help="only calls or files named so")
+    parser.add_argument(
+        "--arch",
+        type=int,
+        nargs="+",
+        choices=ARCHITECTURES,
+        default=list(ARCHITECTURES),
+        help="only for these architectures",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, as JSON")
     parser.add_argument("--jobs", type=int, default=2, help="compiling at a time (default: 2)")
     args = parser.parse_args(argv)
     os.environ.pop("TRITON_INTERPRET", None)  # it is to compile here
-    rows = compile_all(work(args.quick), args.jobs)
+    rows = compile_all(work(args.quick, args.only, args.arch), args.jobs)
     if args.json:
         args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
     else:

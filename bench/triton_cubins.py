@@ -31,6 +31,7 @@ class Launch:
     warps: int
     stages: int
     constants: dict[str, Any]  # compile-time arguments by name
+    compiled: str  # the key under which Triton keeps the machine code
     resources: Resources
 
 
@@ -82,9 +83,8 @@ class CompilingDriver:
             for parameter in source.fn.params
             if parameter.is_constexpr
         }
-        self.launches.append(
-            Launch(name, self.arch, metadata.num_warps, metadata.num_stages, constants, resources)
-        )
+        options = metadata.num_warps, metadata.num_stages
+        self.launches.append(Launch(name, self.arch, *options, constants, metadata.hash, resources))
 
 
 @contextmanager

@@ -43,6 +43,15 @@ def test_a_machine_without_a_gpu_is_refused(tmp_path):
     assert done.stderr == f"gpu_session.sh: {sys.executable} finds no GPU\n"
 
 
+def test_a_step_that_takes_too_long_is_interrupted(tmp_path, monkeypatch):
+    monkeypatch.setenv("LIMIT", "1")
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\ncase "$*" in *pytest*) exec sleep 60 ;; esac\n')
+    python.chmod(0o755)
+    done = session("gpu", "resources", python=python, out=tmp_path)
+    assert done.stderr == "failed: gpu\n"
+
+
 def test_a_step_that_fails_is_named_and_the_next_is_run(tmp_path):
     python = fake_python(tmp_path, failing="-m pytest")
     done = session("tests", "resources", python=python, out=tmp_path)
