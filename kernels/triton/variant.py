@@ -38,6 +38,12 @@ class Variant:
         for field in fields(self):
             value = getattr(self, field.name)
             object.__setattr__(self, field.name, tl.constexpr(getattr(value, "value", value)))
+        # Kept, since Triton asks for it at every launch.
+        values = tuple(getattr(self, field.name).value for field in fields(self))
+        object.__setattr__(self, "_hash", hash(values))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     @property
     def teacher_probability(self) -> tl.constexpr:
