@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from attn_kd.ops import fake
 from attn_kd.ops.arguments import Operands, Options
 from attn_kd.ops.triton_problem import in_reach, make_problem
 from tests.ops.cases import Sizes, random_inputs
@@ -85,3 +86,70 @@ def test_rows_that_are_far_apart_are_copied():
     far = torch.empty(1, device="meta").as_strided((1, 1, 4, 8), (0, 0, 2**23, 1))
     assert in_reach(near) is near and in_reach(far).is_contiguous()
     assert in_reach(near, group=2).is_contiguous()
+
+
+def test_calls_of_a_kind_share_what_is_known_of_them():
+    assert problem_with().facts is problem_with().facts
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x._replace(value=x.value[..., :4]),
+        lambda x: x._replace(query=x.query.transpose(1, 2).contiguous().transpose(1, 2)),
+        lambda x: x._replace(
+            teacher_query=x.teacher_query.half(), teacher_key=x.teacher_key.half()
+        ),
+        lambda x: x._replace(teacher_lse=torch.zeros(x.query.shape[:3])),
+        lambda x: x._replace(attn_mask=torch.ones(7)),
+    ],
+    ids=["width", "strides", "dtype", "another tensor", "mask"],
+)
+def test_calls_of_other_layouts_do_not(change):
+    operands = Operands(*random_inputs(SIZES))
+    facts, other = (make_problem(x, Options()).facts for x in (operands, change(operands)))
+    assert facts is not other
+
+
+@pytest.mark.parametrize("options", [Options(), Options(head_reduction="mean")], ids=["", "mean"])
+@pytest.mark.parametrize("given", [False, True], ids=["computes teacher_lse", "given teacher_lse"])
+def test_results_are_what_tracing_says(options, given):
+    operands = Operands(*random_inputs(SIZES, torch.bfloat16))
+    if given:
+        operands = operands._replace(teacher_lse=torch.zeros(operands.query.shape[:3]))
+    traced = fake.attention_kl_forward(*operands, *options)
+    layouts = [(result.shape, result.stride(), result.dtype) for result in traced]
+    assert [*make_problem(operands, options).facts.results] == layouts
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("key", lambda x: x.transpose(2, 3).contiguous().transpose(2, 3)),
+        ("teacher_key", torch.Tensor.half),
+        ("teacher_lse", torch.Tensor.double),
+        ("teacher_lse", lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)),
+        ("dropout_seed", lambda x: torch.stack([x, x], dim=1)[:, 0]),
+    ],
+    ids=["columns apart", "teacher of two dtypes", "wide lse", "strided lse", "strided seed"],
+)
+def test_what_kernels_cannot_read_is_copied(name, change):
+    lse, seed = torch.zeros(SIZES.B, SIZES.H, SIZES.Lq), torch.tensor([1, 2])
+    operands = Operands(*random_inputs(SIZES), teacher_lse=lse, dropout_seed=seed)
+    changed = operands._replace(**{name: change(getattr(operands, name))})
+    there = make_problem(changed, Options()).operands
+    for expected, given, tensor in zip(operands, changed, there, strict=True):
+        if expected is not None:
+            torch.testing.assert_close(tensor, expected, rtol=1e-3, atol=1e-3)
+            assert tensor.stride(-1) == 1
+            assert (tensor is given) == (given is expected)
+
+
+def test_operands_that_kernels_can_read_are_left_where_they_are():
+    """Heads after the length, as projections make them; a mask that is expanded."""
+    mask = torch.ones(SIZES.B, 1, 1, SIZES.Lk, dtype=torch.bool).expand(-1, SIZES.H, SIZES.Lq, -1)
+    inputs = random_inputs(SIZES)
+    query = inputs.query.transpose(1, 2).contiguous().transpose(1, 2)
+    operands = Operands(query, *inputs[1:], attn_mask=mask)
+    for given, tensor in zip(operands, make_problem(operands, Options()).operands, strict=True):
+        assert tensor is given
