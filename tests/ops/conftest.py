@@ -13,7 +13,7 @@ from attn_kd.ops import extension, reference
 from tests.conftest import HAS_GPU
 from tests.ops.covering import covering
 from tests.ops.interpreter import hasten
-from tests.ops.poison import poisoned_scratch  # noqa: F401  (a fixture)
+from tests.ops.poison import poisoned_scratch, poisoned_tensors  # noqa: F401  (fixtures)
 
 if not HAS_GPU and attn_kd.available_backends()["triton"].available:
     hasten()
