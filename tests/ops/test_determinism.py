@@ -29,17 +29,19 @@ SIZES = {
 
 every_size = pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
 every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES)
+by_kernels = pytest.mark.parametrize("backend", ["cpu", "triton"], indirect=True)
 
 
+@by_kernels
 @every_size
 @every_divergence
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 @pytest.mark.parametrize("threads", [1, 2, 3], indirect=True)
-def test_repeated_calls(cpu_backend, sizes, dtype, divergence, threads):
+def test_repeated_calls(backend, sizes, dtype, divergence, threads):
     inputs, cotangents = random_inputs(sizes, dtype), random_cotangents(sizes, dtype)
-    first = run_backend(cpu_backend, inputs, cotangents, divergence=divergence)
+    first = run_backend(backend, inputs, cotangents, divergence=divergence)
     for _ in range(3):
-        again = run_backend(cpu_backend, inputs, cotangents, divergence=divergence)
+        again = run_backend(backend, inputs, cotangents, divergence=divergence)
         assert_equal(again, first)
 
 

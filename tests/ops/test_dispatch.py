@@ -24,13 +24,18 @@ from tests.ops.cases import (
 
 SIZES = Sizes()
 
-pytestmark = pytest.mark.usefixtures("cpu_backend")
+by_kernels = pytest.mark.parametrize("backend", ["cpu", "triton"], indirect=True)
+by_the_short_way = pytest.mark.usefixtures("cpu_backend")
+
+# What the operators are called in torch.ops.attn_kd.
+PREFIX = {"cpu": "attn_kd.attention_kl", "triton": "attn_kd.triton_attention_kl"}
 
 
-def call(*tensors: Tensor, **options) -> attn_kd.AttentionKLOutput:
-    return attn_kd.attention_kl(*tensors, backend="cpu", **options)
+def call(*tensors: Tensor, backend: str = "cpu", **options) -> attn_kd.AttentionKLOutput:
+    return attn_kd.attention_kl(*tensors, backend=backend, **options)
 
 
+@by_the_short_way
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("head_reduction", HEAD_REDUCTIONS)
 def test_both_ways_give_the_same(divergence, head_reduction):
@@ -45,10 +50,9 @@ def test_both_ways_give_the_same(divergence, head_reduction):
     assert_equal(short, run(checked, inputs, cotangents))
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_a_seed_is_drawn_once_a_call(backend):
     torch.manual_seed(1)
-    philox.draw_seed(torch.device("cpu"))
+    philox.draw_seed(torch.get_default_device())
     expected = torch.rand(1)
     torch.manual_seed(1)
     attn_kd.attention(*random_ones(), dropout_p=0.5, backend=backend)
@@ -64,21 +68,25 @@ class Marked(Tensor):
     """A tensor with a class of its own, as data pipelines make them."""
 
 
+@by_kernels
 @pytest.mark.parametrize("make", [torch.nn.Parameter, lambda x: x.as_subclass(Marked)])
-def test_kinds_of_tensors(make):
+def test_kinds_of_tensors(backend, make):
     inputs = random_inputs(SIZES)
-    expected = call(*inputs)
-    actual = call(make(inputs.query), *inputs[1:])
+    expected = call(*inputs, backend=backend)
+    actual = call(make(inputs.query), *inputs[1:], backend=backend)
     torch.testing.assert_close(actual.kl.as_subclass(Tensor), expected.kl, rtol=0, atol=0)
 
 
+@by_kernels
 @pytest.mark.parametrize("scale", [1, torch.tensor(1.0), True], ids=repr)
-def test_kinds_of_numbers(scale):
+def test_kinds_of_numbers(backend, scale):
     inputs = random_inputs(SIZES)
-    assert torch.equal(call(*inputs, scale=scale).kl, call(*inputs, scale=1.0).kl)
+    actual, expected = (call(*inputs, scale=s, backend=backend).kl for s in (scale, 1.0))
+    assert torch.equal(actual, expected)
 
 
-def test_function_modes_see_the_operator():
+@by_kernels
+def test_function_modes_see_the_operator(backend):
     seen = []
 
     class Mode(TorchFunctionMode):
@@ -87,11 +95,12 @@ def test_function_modes_see_the_operator():
             return function(*args, **(kwargs or {}))
 
     with Mode():
-        call(*random_inputs(SIZES))
-    assert any("attn_kd.attention_kl_forward" in name for name in seen)
+        call(*random_inputs(SIZES), backend=backend)
+    assert any(f"{PREFIX[backend]}_forward" in name for name in seen)
 
 
-def test_dispatch_modes_see_the_operator_and_its_gradient():
+@by_kernels
+def test_dispatch_modes_see_the_operator_and_its_gradient(backend):
     seen = []
 
     class Mode(TorchDispatchMode):
@@ -102,12 +111,13 @@ def test_dispatch_modes_see_the_operator_and_its_gradient():
     inputs = random_inputs(SIZES)
     inputs.query.requires_grad_()
     with Mode():
-        call(*inputs).kl.sum().backward()
-    assert "attn_kd.attention_kl_forward.default" in seen
-    assert "attn_kd.attention_kl_backward.default" in seen
+        call(*inputs, backend=backend).kl.sum().backward()
+    assert f"{PREFIX[backend]}_forward.default" in seen
+    assert f"{PREFIX[backend]}_backward.default" in seen
 
 
-def test_what_python_raises_on_the_way_comes_out():
+@by_kernels
+def test_what_python_raises_on_the_way_comes_out(backend):
     """Checkpoints end a recomputation by an exception in a hook on saved tensors."""
 
     def stop(_tensor: Tensor) -> None:
@@ -119,21 +129,24 @@ def test_what_python_raises_on_the_way_comes_out():
         torch.autograd.graph.saved_tensors_hooks(stop, lambda tensor: tensor),
         pytest.raises(StopIteration, match="enough"),
     ):
-        call(*inputs)
+        call(*inputs, backend=backend)
 
 
-def test_tensors_of_two_devices_in_inference_mode():
+@by_kernels
+def test_tensors_of_two_devices_in_inference_mode(backend):
     """There no Autograd kernel looks at the devices first."""
     inputs = random_inputs(SIZES)
     with torch.inference_mode(), pytest.raises(InputError, match="key is on meta"):
-        call(inputs.query, inputs.key.to("meta"), *inputs[2:])
+        call(inputs.query, inputs.key.to("meta"), *inputs[2:], backend=backend)
 
 
+@by_the_short_way
 def test_the_short_way_counts_its_arguments():
     with pytest.raises(TypeError, match="takes 13 arguments, got 1"):
         extension.module.attention_kl(torch.zeros(1))
 
 
+@by_the_short_way
 def test_a_lack_of_memory_is_no_refusal():
     """What is not about the arguments is raised at once, and not tried again the long way."""
     huge = torch.ones(1, 1, 1, 8).expand(2**20, 1, 2**30, 8)

@@ -32,6 +32,7 @@ MAP = (SIZES.B, SIZES.H, SIZES.Lq, SIZES.Lk)
 
 every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES)
 every_reduction = pytest.mark.parametrize("head_reduction", HEAD_REDUCTIONS)
+by_kernels = pytest.mark.parametrize("backend", ["cpu", "triton"], indirect=True)
 
 
 def kept_after(seed: int) -> Tensor:
@@ -110,22 +111,24 @@ def random_inputs_without_noise() -> tuple[Tensor, Tensor, Tensor]:
     return tuple(torch.linspace(-1, 1, 64).reshape(1, 1, 8, 8) for _ in range(3))
 
 
-def test_both_backends_keep_the_same(cpu_backend):
+@by_kernels
+def test_kernels_keep_what_the_reference_keeps(backend):
     inputs = random_inputs(SIZES)
     masks = []
-    for backend in (cpu_backend, "reference"):
+    for name in (backend, "reference"):
         torch.manual_seed(13)
-        masks.append(dropped_map(backend, inputs, dropout_p=P) != 0)
+        masks.append(dropped_map(name, inputs, dropout_p=P) != 0)
     assert torch.equal(*masks)
 
 
+@by_kernels
 @pytest.mark.parametrize("Lk", [1, 95, 96, 97, 400], ids=lambda n: f"{n} keys")
 @pytest.mark.parametrize("threads", [1, 2, 5], indirect=True, ids=lambda n: f"{n} threads")
-def test_every_size_and_number_of_threads_keeps_the_same(cpu_backend, threads, Lk):
+def test_every_size_and_number_of_threads_keeps_the_same(backend, threads, Lk):
     """Where tiles and tasks begin and end is not seen."""
     sizes = Sizes(B=1, H=2, Lq=131, Lk=Lk, D=4, Dv=4, Dt=4)
     inputs, cotangents = random_inputs(sizes), random_cotangents(sizes).only("output")
-    actual = run_seeded(cpu_backend, inputs, cotangents)
+    actual = run_seeded(backend, inputs, cotangents)
     expected = run_seeded("reference", inputs, cotangents)
     for name in expected:
         torch.testing.assert_close(actual[name], expected[name], msg=name)
@@ -146,10 +149,10 @@ def test_every_instruction_set_keeps_the_same():
     assert all(torch.equal(mask, masks[0]) for mask in masks)
 
 
-def test_backward_twice_uses_the_same_noise(cpu_backend):
+def test_backward_twice_uses_the_same_noise(backend):
     inputs = random_inputs(SIZES)
     value = inputs.value.requires_grad_()
-    out = attn_kd.attention(*inputs[:2], value, dropout_p=P, backend=cpu_backend).output
+    out = attn_kd.attention(*inputs[:2], value, dropout_p=P, backend=backend).output
     first, second = (torch.autograd.grad(out.sum(), value, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
 

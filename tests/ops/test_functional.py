@@ -268,12 +268,13 @@ def test_lse_of_attention_is_the_teacher_lse_of_attention_kl(backend, divergence
         torch.testing.assert_close(given[name], computed[name])
 
 
-def test_sum_over_keys_of_the_logit_gradient_is_the_lse_cotangent(backend):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
+def test_sum_over_keys_of_the_logit_gradient_is_the_lse_cotangent(backend, dtype):
     """Softmax is unchanged by a shift of the logits: with keys all ones, dq counts the shift."""
     sizes = Sizes(D=1, Dt=1)
-    inputs = random_inputs(sizes, torch.float64)
+    inputs = random_inputs(sizes, dtype)
     inputs = inputs._replace(key=torch.ones_like(inputs.key))
-    cotangents = random_cotangents(sizes, torch.float64)
+    cotangents = random_cotangents(sizes, dtype)
     actual = run_backend(backend, inputs, cotangents, scale=1.0)
     torch.testing.assert_close(actual["grad_query"][..., 0], cotangents.lse)
 

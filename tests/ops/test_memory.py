@@ -14,6 +14,7 @@ from tests.ops.cases import DIVERGENCES, Sizes, random_cotangents, random_inputs
 from tests.ops.live_memory import LiveMemory
 
 every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES)
+by_kernels = pytest.mark.parametrize("backend", ["cpu", "triton"], indirect=True)
 
 
 def bytes_saved(sizes: Sizes, backend: str, **options) -> int:
@@ -36,18 +37,20 @@ def bytes_saved(sizes: Sizes, backend: str, **options) -> int:
 
 
 @every_divergence
-def test_saved_beyond_the_inputs_is_the_output_and_four_numbers_a_row(cpu_backend, divergence):
+@by_kernels
+def test_saved_beyond_the_inputs_is_the_output_and_four_numbers_a_row(backend, divergence):
     sizes = Sizes(B=1, H=2, Lq=300, Lk=400, D=8, Dv=8, Dt=8)
     rows = sizes.B * sizes.H * sizes.Lq
-    saved = bytes_saved(sizes, cpu_backend, divergence=divergence)
+    saved = bytes_saved(sizes, backend, divergence=divergence)
     assert saved == 4 * rows * (sizes.Dv + 4)  # output; row_state, teacher_lse
 
 
-def test_saved_does_not_grow_with_an_expanded_mask(cpu_backend):
+@by_kernels
+def test_saved_does_not_grow_with_an_expanded_mask(backend):
     sizes = Sizes(B=1, H=2, Lq=300, Lk=400, D=8, Dv=8, Dt=8)
     mask = torch.zeros(1, 1, 1, sizes.Lk)
-    with_mask = bytes_saved(sizes, cpu_backend, attn_mask=mask)
-    assert with_mask - bytes_saved(sizes, cpu_backend) == mask.untyped_storage().nbytes()
+    with_mask = bytes_saved(sizes, backend, attn_mask=mask)
+    assert with_mask - bytes_saved(sizes, backend) == mask.untyped_storage().nbytes()
 
 
 @every_divergence

@@ -9,6 +9,7 @@ import attn_kd
 from tests.ops.cases import (
     Cotangents,
     Inputs,
+    Results,
     Sizes,
     assert_equal,
     name_of,
@@ -24,14 +25,22 @@ every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: lay
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 
 
+def assert_same(backend: str, actual: Results, expected: Results) -> None:
+    """Bit for bit by the compiled kernels; others order their sums as the layout suggests."""
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name])
+    if backend == "cpu":
+        assert_equal(actual, expected)
+
+
 @every_layout
 @every_dtype
 @pytest.mark.parametrize("name", Inputs._fields)
-def test_of_an_input(cpu_backend, name, layout, dtype):
+def test_of_an_input(backend, name, layout, dtype):
     inputs, cotangents = random_inputs(SIZES, dtype), random_cotangents(SIZES, dtype)
-    expected = run_backend(cpu_backend, inputs, cotangents)
+    expected = run_backend(backend, inputs, cotangents)
     laid_out = inputs._replace(**{name: layout(getattr(inputs, name))})
-    assert_equal(run_backend(cpu_backend, laid_out, cotangents), expected)
+    assert_same(backend, run_backend(backend, laid_out, cotangents), expected)
 
 
 @every_layout
@@ -42,11 +51,7 @@ def test_of_all_inputs_and_cotangents(backend, layout, dtype):
     laid_out = Inputs(*(layout(tensor) for tensor in inputs))
     output, kl, lse = cotangents
     cotangents = Cotangents(layout(output), layout(kl[..., None])[..., 0], lse.mT.contiguous().mT)
-    actual = run_backend(backend, laid_out, cotangents)
-    for name in expected:  # the reference leaves the order of its sums to matmul
-        torch.testing.assert_close(actual[name], expected[name])
-    if backend == "cpu":
-        assert_equal(actual, expected)
+    assert_same(backend, run_backend(backend, laid_out, cotangents), expected)
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2], ids=["batch", "heads", "rows"])
@@ -102,13 +107,18 @@ def test_inputs_are_not_written_to(backend, layout):
     assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True))
 
 
-def test_output_can_be_merged_over_heads_without_a_copy(cpu_backend):
-    output = attn_kd.attention_kl(*random_inputs(SIZES), backend=cpu_backend).output
+by_kernels = pytest.mark.parametrize("backend", ["cpu", "triton"], indirect=True)
+
+
+@by_kernels
+def test_output_can_be_merged_over_heads_without_a_copy(backend):
+    output = attn_kd.attention_kl(*random_inputs(SIZES), backend=backend).output
     assert output.transpose(1, 2).is_contiguous()
 
 
-def test_gradients_have_the_layout_of_their_inputs(cpu_backend):
+@by_kernels
+def test_gradients_have_the_layout_of_their_inputs(backend):
     inputs = Inputs(*(heads_after_length(tensor) for tensor in random_inputs(SIZES)))
-    grads = run_backend(cpu_backend, inputs, random_cotangents(SIZES))
+    grads = run_backend(backend, inputs, random_cotangents(SIZES))
     for name in ("query", "key", "value"):
         assert grads[f"grad_{name}"].stride() == getattr(inputs, name).stride()
