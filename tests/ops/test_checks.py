@@ -107,14 +107,14 @@ def test_dtypes(name, dtype):
 def test_empty_dimensions(name, dim):
     sizes = list(getattr(random_inputs(SIZES), name).shape)
     sizes[dim] = 0
-    with pytest.raises(InputError, match=name):
+    with pytest.raises(InputError, match=f"^{name} has shape .*expected no empty dimension"):
         call(**{name: torch.zeros(sizes)})
 
 
 @pytest.mark.parametrize("empty", ["B", "H", "Lq", "Lk", "D"])
 def test_empty_everywhere(empty):
     """All tensors agree that there is nothing: an empty batch, no keys, ..."""
-    with pytest.raises(InputError, match=r"query|key"):
+    with pytest.raises(InputError, match=r"^(query|key) has shape .*expected no empty dimension"):
         attn_kd.attention_kl(*random_inputs(SIZES._replace(**{empty: 0})))
 
 
@@ -253,7 +253,7 @@ class TestTeacherThatRequiresGrad:
 @pytest.mark.parametrize("scale", ["x", 10**400, float("nan")], ids=["text", "huge", "nan"])
 def test_scale_that_is_no_number(scale):
     query = torch.randn(1, 1, 2, 4)
-    with pytest.raises(InputError, match="scale"):
+    with pytest.raises(InputError, match=r"^scale=.* is not a number"):
         attn_kd.attention(query, query, query, scale=scale)
 
 
@@ -265,5 +265,5 @@ def test_dropout_that_is_no_number():
 
 def test_empty_teacher_lse():
     tensors = [torch.randn(1, 1, 2, 4) for _ in range(5)]
-    with pytest.raises(InputError, match="teacher_lse"):
+    with pytest.raises(InputError, match=r"^teacher_lse has shape \(0,\)"):
         attn_kd.attention_kl(*tensors, teacher_lse=torch.empty(0))
