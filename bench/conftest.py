@@ -46,6 +46,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason=f"not measured on {device}"))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Where one is interrupted, let pytest-benchmark save the others, as where one fails."""
+    try:
+        return (yield)
+    except KeyboardInterrupt:
+        item.funcargs["benchmark"].has_error = True
+        raise
+
+
 def pytest_benchmark_update_machine_info(
     config: pytest.Config, machine_info: dict[str, Any]
 ) -> None:
