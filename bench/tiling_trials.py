@@ -78,8 +78,10 @@ class Trial:
 
 def written(tile: Tiling) -> str:
     """The tiling as it stands in the tables."""
-    *numbers, above = tile
-    return f"Tiling({', '.join(map(str, numbers + [above] * (above > 0)))})"
+    facts = [str(number) for number in tile[:4]]
+    optional = zip(tile._fields[4:], tile[4:], strict=True)
+    facts += [f"{name}={value}" for name, value in optional if value]
+    return f"Tiling({', '.join(facts)})"
 
 
 def near(tile: Tiling, kernel: str) -> list[Tiling]:
@@ -87,18 +89,18 @@ def near(tile: Tiling, kernel: str) -> list[Tiling]:
 
     Of the forward pass also that which rescales its sums seldom, if it does so always, or always.
     """
-    q, k, warps, stages, above = tile
+    q, k, warps, stages = tile[:4]
     steps = (
         *((q // 2, k, warps), (2 * q, k, warps), (q, k // 2, warps), (q, 2 * k, warps)),
         *((q // 2, 2 * k, warps), (2 * q, k // 2, warps)),
         *((q // 2, k, warps // 2), (2 * q, k, 2 * warps)),
         *((q, k // 2, warps // 2), (q, 2 * k, 2 * warps)),
         *((q, k, warps // 2), (q, k, 2 * warps)),
+        *((q, k, warps, stages - 1), (q, k, warps, stages + 1)),
     )
-    others = [Tiling(*step, stages, above) for step in steps]
-    others += [tile._replace(num_stages=number) for number in (stages - 1, stages + 1)]
+    others = [Tiling(*step, *tile[len(step) :]) for step in steps]
     if kernel == "forward":
-        others.append(tile._replace(rescale_above=0 if above else RESCALE_ABOVE))
+        others.append(tile._replace(rescale_above=0 if tile.rescale_above else RESCALE_ABOVE))
     return [tile, *filter(_is_sensible, others)]
 
 

@@ -31,7 +31,7 @@ def test_every_tiling_has_its_times():
     assert time_table([PRESENT, FASTER, TOO_WIDE]) == [
         ["tiling", "dc5, µs", "video, µs", "to the first"],
         ["`Tiling(64, 32, 4, 2)`", "2000.0", "40000.0", "1.000"],
-        ["`Tiling(32, 32, 4, 2, 8)`", "1000.0", "20000.0", "0.500"],
+        ["`Tiling(32, 32, 4, 2, rescale_above=8)`", "1000.0", "20000.0", "0.500"],
         ["`Tiling(128, 32, 4, 2)`", "", "", "too large"],
     ]
 
@@ -39,7 +39,7 @@ def test_every_tiling_has_its_times():
 def test_the_best_is_printed_as_it_stands_in_the_tables():
     assert table_entry(ENTRY, [PRESENT]) == '("backward_rows", 64): Tiling(64, 32, 4, 2),'
     assert table_entry(ENTRY, [PRESENT, FASTER]) == (
-        '("backward_rows", 64): Tiling(32, 32, 4, 2, 8),'
+        '("backward_rows", 64): Tiling(32, 32, 4, 2, rescale_above=8),'
         "  # 0.50 of the time of Tiling(64, 32, 4, 2)"
     )
 
