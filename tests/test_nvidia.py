@@ -1,4 +1,4 @@
-"""The compiler and the driver are found where they are, and missed where they are not."""
+"""Where the compiler and the driver are looked for, and what they are taken to say."""
 
 from __future__ import annotations
 
