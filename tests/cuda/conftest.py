@@ -26,8 +26,16 @@ def gpu(library: ctypes.CDLL, request: pytest.FixtureRequest) -> EmulatedGPU:
 
 
 @pytest.fixture(scope="session")
-def operators(library: ctypes.CDLL) -> torch._ops._OpNamespace:
-    """The host code of csrc/cuda on CPU tensors: forward and backward."""
+def compiled_operators(library: ctypes.CDLL) -> torch._ops._OpNamespace:
+    """The host code of csrc/cuda, compiled once per session."""
     compile_operators(library)
-    library.emulation_reset(1)
     return torch.ops.attn_kd_emulated
+
+
+@pytest.fixture
+def operators(
+    library: ctypes.CDLL, compiled_operators: torch._ops._OpNamespace
+) -> torch._ops._OpNamespace:
+    """The operators on CPU tensors, forward and backward, on an emulated GPU as if new."""
+    library.emulation_reset(1)
+    return compiled_operators

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -183,6 +184,35 @@ def test_tokens_by_heads_in_memory(gpu):
     expected = gpu.run(inputs, cotangents)
     actual = gpu.run(Inputs(*(packed(tensor) for tensor in inputs)), cotangents)
     assert_equal(actual, expected)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2], ids=["batch", "head", "row"])
+def test_offsets_beyond_32_bits(gpu, dim, tmp_path):
+    inputs, cotangents = case(lengths=(7, 9), sizes={"B": 2})
+    mask = torch.randn(2, 2, 1, 9)
+    expected = gpu.run(inputs, cotangents, attn_mask=mask)
+    far = Inputs(*(far_apart(x, dim, tmp_path / f"{i}") for i, x in enumerate(inputs)))
+    far_mask = far_apart(mask, 3 if dim == 2 else dim, tmp_path / "mask")
+    assert_equal(gpu.run(far, cotangents, attn_mask=far_mask), expected)
+
+
+def far_apart(x: Tensor, dim: int, path: Path) -> Tensor:
+    """The same values with a stride along one dimension by which the last is 2^31 elements away.
+
+    They are mapped from a file that is nearly all holes.
+    """
+    stride = -(-(2**31) // (x.shape[dim] - 1) // 8) * 8
+    strides = [*x.contiguous().stride()]
+    strides[dim] = stride
+    extent = 1 + sum((n - 1) * s for n, s in zip(x.shape, strides, strict=True))
+    memory = torch.from_file(str(path), shared=True, size=extent, dtype=x.dtype)
+    return memory.as_strided(x.shape, strides).copy_(x)
+
+
+def test_mask_of_every_other_entry(gpu):
+    inputs, cotangents = case(sizes={"B": 2})
+    mask = (torch.rand(2, 1, 1, 180) > 0.4)[..., ::2]
+    check(gpu, inputs, cotangents, attn_mask=mask)
 
 
 def test_row_state_makes_the_map(gpu):

@@ -126,6 +126,25 @@ def test_a_training_step_is_captured_and_replayed():
     assert_equal(captured, run(call, inputs, cotangents))
 
 
+def test_nothing_waits_for_the_gpu():
+    inputs, cotangents = on("cuda", *case())
+    mask = torch.ones(131, dtype=torch.bool, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(call, inputs, cotangents, attn_mask=mask)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_offsets_beyond_32_bits():
+    inputs, cotangents = on("cuda", *case())
+    expected = run(call, inputs, cotangents)
+    memory = torch.empty(2**31 + inputs.key.numel(), dtype=torch.bfloat16, device="cuda")
+    strides = (2**31, *inputs.key.stride()[1:])
+    far = memory.as_strided(inputs.key.shape, strides).copy_(inputs.key)
+    assert_equal(run(call, inputs._replace(key=far), cotangents), expected)
+
+
 def test_opcheck():
     inputs, cotangents = on("cuda", *case())
     operands, options = Operands(*inputs), Options()

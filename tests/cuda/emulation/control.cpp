@@ -2,6 +2,7 @@
 #include "device.h"
 
 using attn_kd::cuda::device::emulated_multiprocessors;
+using attn_kd::cuda::device::last_stream;
 using emulation::Machine;
 
 // Begins anew: no buffers, no counts, a GPU of so many multiprocessors.
@@ -10,6 +11,7 @@ extern "C" void emulation_reset(int multiprocessors) {
   machine.forget_buffers();
   machine.bank_conflicts = machine.launches = 0;
   emulated_multiprocessors = multiprocessors;
+  last_stream = nullptr;
 }
 
 extern "C" void emulation_add_buffer(const void* data, int64_t bytes, int writable) {
@@ -18,3 +20,4 @@ extern "C" void emulation_add_buffer(const void* data, int64_t bytes, int writab
 
 extern "C" int64_t emulation_bank_conflicts() { return Machine::the().bank_conflicts; }
 extern "C" int64_t emulation_launches() { return Machine::the().launches; }
+extern "C" void* emulation_last_stream() { return last_stream; }

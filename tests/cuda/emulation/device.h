@@ -213,10 +213,12 @@ inline int emulated_multiprocessors = 1;
 inline int multiprocessors() { return emulated_multiprocessors; }
 
 inline std::string last_fault;
+inline void* last_stream = nullptr;  // that something was to be launched on
 
 template <class... Parameters>
-int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void*,
+int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* stream,
            Parameters... parameters) {
+  last_stream = stream;
   try {
     Machine::the().run(static_cast<int>(blocks), threads, [&] { kernel(parameters...); });
     return 0;

@@ -7,7 +7,8 @@
 
 namespace attn_kd::cuda {
 
-void* current_stream(c10::Device) { return nullptr; }
+// Of no stream, but to be recognised.
+void* current_stream(c10::Device) { return reinterpret_cast<void*>(0x100); }
 
 }  // namespace attn_kd::cuda
 
