@@ -21,13 +21,17 @@ using cpu::kChunkKeys;
 // Keys of a backward tile: a multiple of the micro-kernels' 6 and 12 rows; three tiles are 36 KiB.
 inline constexpr int64_t kBackwardKeys = 48;
 
-// dS = P (dP + offset + divergence part), in place: logits, measured from the rows' origins, become
-// P = 2^logits, and grad_probability becomes dS; teacher logits are measured from the rows' LSEs.
-// Everything that P is multiplied by has the rows' inverse sums folded in.
-template <class Div, class T>
-inline void grad_sweep(T* logits, const T* teacher, T* grad_probability, int64_t keys,
-                       vec<T> offset, vec<T> slope) {
-  for (int64_t at = 0; at < keys * kPanel<T>; at += kPanel<T>) {
+// P = 2^logits and dS = P (dP + offset + divergence part) of one vector of lanes, each to its
+// place: logits are measured from the rows' origins, teacher logits from the rows' LSEs. Everything
+// that P is multiplied by has the rows' inverse sums folded in.
+template <class Div, class T, class Lanes, class GradLanes>
+inline void grad_sweep(const T* logits, const T* teacher, const T* grad_probability, int64_t keys,
+                       vec<T> offset, vec<T> slope, Lanes probability, GradLanes grad_logits) {
+  struct Both {
+    vec<T> p, ds;
+  };
+  const auto next = [&](int64_t key) __attribute__((always_inline)) {
+    const int64_t at = key * kPanel<T>;
     const vec<T> s = load(logits + at);
     const vec<T> p = exp2<T>(s);
     const vec<T> dp = load(grad_probability + at) + offset;
@@ -38,9 +42,18 @@ inline void grad_sweep(T* logits, const T* teacher, T* grad_probability, int64_t
       if constexpr (Div::kTeacherProbability) b = exp2<T>(t);
       ds = Div::grad_logit(p, b, s - t, dp, slope);
     }
-    store<T>(logits + at, p);
-    store<T>(grad_probability + at, ds);
+    return Both{p, ds};
+  };
+  int64_t key = 0;
+  for (; key + 1 < keys; key += 2) {
+    const Both one = next(key), two = next(key + 1);
+    probability.put(key, one.p, two.p);
+    grad_logits.put(key, one.ds, two.ds);
   }
+  if (key == keys) return;
+  const Both last = next(key);
+  probability.put(key, last.p);
+  grad_logits.put(key, last.ds);
 }
 
 template <class Div, class Precision>
@@ -56,7 +69,7 @@ class BackwardWorker {
       : p_(problem),
         chunk_(chunk_keys(problem)),
         tile_keys_(min(kBackwardKeys, chunk_)),
-        gradients_(problem, 1, chunk_, tile_keys_, scratch),
+        gradients_(problem, 1, chunk_, scratch),
         key_(p_.key, p_.head_dim, chunk_, hides_keys(), Keys::Use::both, scratch),
         teacher_key_(p_.teacher_key, p_.teacher_dim, p_.teacher_keys(chunk_), hides_keys(),
                      Keys::Use::rows, scratch),
@@ -67,6 +80,8 @@ class BackwardWorker {
         logits_(scratch.take(kRows * tile_keys_)),
         teacher_logits_(scratch.take(Div::kTeacher ? kRows * p_.teacher_keys(tile_keys_) : 0)),
         grad_probability_(scratch.take(kRows * tile_keys_)),
+        probability_(scratch, tile_keys_),
+        grad_logits_(scratch, tile_keys_),
         zeros_(scratch.take(kRows)),
         minus_origin_(scratch.take(kRows)),
         minus_teacher_origin_(scratch.take(kRows)),
@@ -114,9 +129,11 @@ class BackwardWorker {
     dropout_.apply(grad_probability_, keys, vectors);
     for (int64_t lane = 0; lane < vectors * kLanes<T>; lane += kLanes<T>)
       grad_sweep<Div>(logits_ + lane, teacher_logits_ + lane, grad_probability_ + lane, keys,
-                      load(gradients_.offset(0) + lane), load(slope_ + lane));
-    dropout_.apply(logits_, keys, vectors);
-    gradients_.add(0, key, keys, at.rows, key_.columns(key), logits_, grad_probability_);
+                      load(gradients_.offset(0) + lane), load(slope_ + lane),
+                      dropout_.apply(probability_.lanes(logits_, lane), lane),
+                      grad_logits_.lanes(grad_probability_, lane));
+    gradients_.add(0, key, keys, at.rows, key_.columns(key), probability_.left(logits_),
+                   grad_logits_.left(grad_probability_), grad_logits_.right(grad_probability_));
   }
 
   void finish_rows(const Block& at, int64_t partial, bool first_keys) {
@@ -173,6 +190,8 @@ class BackwardWorker {
   Keys key_, teacher_key_, value_;
   Element *panel_rows_, *query_, *teacher_query_;
   T *logits_, *teacher_logits_, *grad_probability_;
+  typename Precision::template Tile<Side::left> probability_;
+  typename Precision::template Tile<Side::both> grad_logits_;
   T *zeros_, *minus_origin_, *minus_teacher_origin_, *slope_;
   Bias<T> bias_;
   Dropout<T> dropout_;

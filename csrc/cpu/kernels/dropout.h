@@ -7,6 +7,24 @@
 
 namespace attn_kd::ATTN_KD_ISA {
 
+// Lanes of which only what is kept reaches its place; all of it where `kept` is null.
+template <class Lanes, class T>
+struct KeptLanes {
+  Lanes lanes;
+  const T* kept;  // masks of ones and zeros, the lanes' column of a [keys, kPanel] tile
+
+  void put(int64_t key, vec<T> x) const { lanes.put(key, kept ? masked(x, key) : x); }
+  void put(int64_t key, vec<T> x, vec<T> next) const {
+    if (kept) x = masked(x, key), next = masked(next, key + 1);
+    lanes.put(key, x, next);
+  }
+
+ private:
+  vec<T> masked(vec<T> x, int64_t key) const {
+    return (vec<T>)((vec<uint64_t>)x & (vec<uint64_t>)load(kept + key * kPanel<T>));
+  }
+};
+
 template <class T>
 class Dropout {
  public:
@@ -39,6 +57,12 @@ class Dropout {
         store<T>(at, (vec<T>)((vec<uint64_t>)load(at) &
                               (vec<uint64_t>)load(kept_ + key * kPanel<T> + lane)));
       }
+  }
+
+  // The same on their way into a tile, of the lanes from `lane` on.
+  template <class Lanes>
+  KeptLanes<Lanes, T> apply(Lanes lanes, int64_t lane) const {
+    return {lanes, active() ? kept_ + lane : nullptr};
   }
 
   bool active() const { return noise_.threshold != 0; }

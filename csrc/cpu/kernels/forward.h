@@ -74,8 +74,7 @@ class ForwardWorker {
                scratch),
         logits_(scratch.take(tile_keys_ * P)),
         teacher_logits_(scratch.take(Div::kTeacher ? p_.teacher_keys(tile_keys_) * P : 0)),
-        rounded_rows_(Precision::take_rounded(scratch, tile_keys_)),
-        rounded_columns_(Precision::take_rounded(scratch, tile_keys_)),
+        probabilities_(scratch, tile_keys_),
         bias_(problem.mask, scratch, tile_keys_),
         dropout_(problem.dropout, scratch, tile_keys_) {}
 
@@ -187,13 +186,10 @@ class ForwardWorker {
                             bias_, teacher_logits_, panel.rows);
     for (int64_t lane = 0; lane < vectors * kLanes<T>; lane += kLanes<T>)
       sweep<Div, kTeacherLse>(logits_ + lane, teacher_logits_ + lane, keys, panel.sums, lane,
-                              p_.value_dim);
-    dropout_.apply(logits_, keys, vectors);
-    Precision::as_rows(logits_, keys, vectors, rounded_rows_);
-    columns_times_panel(
-        p_.value_dim, vectors, panel.rows, Precision::depth(keys), value_.columns(0),
-        Precision::as_columns(logits_, keys, vectors, rounded_rows_, rounded_columns_),
-        panel.sums.output);
+                              p_.value_dim,
+                              dropout_.apply(probabilities_.lanes(logits_, lane), lane));
+    columns_times_panel(p_.value_dim, vectors, panel.rows, Precision::depth(keys),
+                        value_.columns(0), probabilities_.right(logits_), panel.sums.output);
   }
 
   void finish(const QueryPanel<Precision>& panel, int64_t b, int64_t h) {
@@ -260,7 +256,7 @@ class ForwardWorker {
   T* zeros_;
   Keys key_, teacher_key_, value_;
   T *logits_, *teacher_logits_;
-  typename Precision::Element *rounded_rows_, *rounded_columns_;
+  typename Precision::template Tile<Side::right> probabilities_;
   Bias<T> bias_;
   Dropout<T> dropout_;
 };

@@ -46,6 +46,9 @@ struct Left {
   int64_t ld;
 };
 
+// Which operand of its products a tile becomes: A, B or, of two products, both.
+enum class Side { left, right, both };
+
 // acc += a * row, with one element of A for all lanes.
 template <class T>
 inline void multiply_add(vec<T>& acc, T a, vec<T> row) {

@@ -19,8 +19,7 @@ class Gradients {
   using Element = typename Precision::Element;
 
  public:
-  Gradients(const BackwardProblem& problem, int64_t heads, int64_t chunk, int64_t tile_keys,
-            Scratch<T>& scratch)
+  Gradients(const BackwardProblem& problem, int64_t heads, int64_t chunk, Scratch<T>& scratch)
       : p_(problem),
         heads_(heads),
         chunk_(chunk),
@@ -37,9 +36,7 @@ class Gradients {
         rows_(scratch.take(P * max(head_ld_, value_ld_))),
         numbers_(scratch.take(Precision::kFoldFactors ? 0 : P * value_ld_)),
         panel_rows_(Precision::take(scratch, Precision::kFoldFactors ? 0 : P * value_dim_)),
-        zeros_(scratch.take(P)),
-        rounded_rows_(Precision::take_rounded(scratch, tile_keys)),
-        rounded_columns_(Precision::take_rounded(scratch, tile_keys)) {}
+        zeros_(scratch.take(P)) {}
 
   // Of the values, 0 where no gradient reaches the output.
   int64_t value_dim() const { return value_dim_; }
@@ -102,19 +99,16 @@ class Gradients {
                            Epilogue<T>{zeros_, T(p_.dropout.keep_factor)});
   }
 
-  // Adds what the keys from `key` on, counted from the first of the chunk, contribute.
+  // Adds what the keys from `key` on, counted from the first of the chunk, contribute: a tile of
+  // probabilities and one of the logits' gradients, this on either side of a product.
   void add(int64_t i, int64_t key, int64_t keys, int64_t rows, Left<Element> key_columns,
-           const T* probability, const T* grad_logits) {
+           Left<Element> probability, Left<Element> grad_logits, const Element* grad_logits_right) {
     const int64_t vectors = ceil_div(rows, kLanes<T>), depth = Precision::depth(rows);
-    gemm_rows(keys, head_ld_ / kLanes<T>, depth,
-              Precision::as_rows(grad_logits, keys, vectors, rounded_rows_), query_rows(i),
+    gemm_rows(keys, head_ld_ / kLanes<T>, depth, grad_logits, query_rows(i),
               grad_key_ + (i * chunk_ + key) * head_ld_, head_ld_);
-    columns_times_panel(
-        p_.head_dim, vectors, rows, Precision::depth(keys), key_columns,
-        Precision::as_columns(grad_logits, keys, vectors, rounded_rows_, rounded_columns_),
-        grad_query(i));
-    gemm_rows(keys, value_ld_ / kLanes<T>, depth,
-              Precision::as_rows(probability, keys, vectors, rounded_rows_), grad_output_rows(i),
+    columns_times_panel(p_.head_dim, vectors, rows, Precision::depth(keys), key_columns,
+                        grad_logits_right, grad_query(i));
+    gemm_rows(keys, value_ld_ / kLanes<T>, depth, probability, grad_output_rows(i),
               grad_value_ + (i * chunk_ + key) * value_ld_, value_ld_);
   }
 
@@ -183,7 +177,6 @@ class Gradients {
   T *rows_, *numbers_;                       // of one head: [kPanel, D or Dv]
   Element* panel_rows_;
   T* zeros_;
-  Element *rounded_rows_, *rounded_columns_;
 };
 
 }  // namespace attn_kd::ATTN_KD_ISA

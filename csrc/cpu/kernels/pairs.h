@@ -78,39 +78,68 @@ inline void transpose_pairs_to_panel(Rows<BFloat16> src, int64_t rows, int64_t w
       [](auto x) { return x; }, reinterpret_cast<float*>(panel));
 }
 
-// dst[key * kPanel / 2 + i] = the numbers of lanes 2i and 2i + 1 of a [keys, kPanel] tile.
-inline void round_to_rows(const float* tile, int64_t keys, int64_t vectors, Pair* dst) {
-  constexpr int64_t W = kLanes<float>;
-  for (int64_t key = 0; key < keys; ++key, tile += kPanel<float>, dst += kPanel<float> / 2)
-    for (int64_t v = 0; v < vectors; v += 2) {
-      const __m512bh both =
-          _mm512_cvtne2ps_pbh((__m512)load(tile + (v + 1) * W), (__m512)load(tile + v * W));
-      _mm512_store_si512(dst + v * W / 2, (__m512i)both);
-    }
-}
+// One vector of lanes of a [keys, kPanel] tile, as a place for numbers that products will read.
+// They are rounded on their way, two keys at a time.
+//
+// A left operand is summed over the lanes: left[key * kPanel / 2 + i] is the pair of lanes 2i and
+// 2i + 1. A right one is summed over the keys: right[i * kPanel + lane] is the pair of keys 2i and
+// 2i + 1, and a key beyond the last is 0.
+template <Side kSide>
+struct RoundedLanes {
+  Pair *left, *right;
 
-// dst[i * kPanel + lane] = the numbers of keys 2i and 2i + 1; a key beyond the last is 0. `rows` is
-// what round_to_rows made.
-inline void rows_to_columns(const Pair* rows, int64_t keys, int64_t vectors, Pair* dst) {
-  constexpr int64_t W = kLanes<float>, kRow = kPanel<float> / 2;
-  alignas(64) static constexpr auto index = [] {
-    struct {
-      uint16_t of[2 * W];
-    } low{};
-    for (int i = 0; i < W; ++i) low.of[2 * i] = i, low.of[2 * i + 1] = 2 * W + i;
-    return low;
-  }();
-  const __m512i low = _mm512_load_si512(&index);
-  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(W));
-  for (int64_t key = 0; key < keys; key += 2, rows += 2 * kRow, dst += kPanel<float>)
-    for (int64_t v = 0; v < vectors; v += 2) {
-      const __m512i even = _mm512_load_si512(rows + v * W / 2);
-      const __m512i odd =
-          key + 1 < keys ? _mm512_load_si512(rows + kRow + v * W / 2) : _mm512_setzero_si512();
-      _mm512_store_si512(dst + v * W, _mm512_permutex2var_epi16(even, low, odd));
-      _mm512_store_si512(dst + (v + 1) * W, _mm512_permutex2var_epi16(even, high, odd));
+  void put(int64_t key, vec<float> x) const {
+    const __m512i two_keys = round(x, vec<float>{});
+    if constexpr (kSide != Side::right) put_left(key, _mm512_castsi512_si256(two_keys));
+    if constexpr (kSide != Side::left) put_right(key, two_keys);
+  }
+  void put(int64_t key, vec<float> x, vec<float> next) const {
+    const __m512i two_keys = round(x, next);
+    if constexpr (kSide != Side::right) {
+      put_left(key, _mm512_castsi512_si256(two_keys));
+      put_left(key + 1, _mm512_extracti64x4_epi64(two_keys, 1));
     }
-}
+    if constexpr (kSide != Side::left) put_right(key, two_keys);
+  }
+
+ private:
+  static __m512i round(vec<float> key, vec<float> next) {
+    return (__m512i)_mm512_cvtne2ps_pbh((__m512)next, (__m512)key);
+  }
+  void put_left(int64_t key, __m256i lanes) const {
+    _mm256_store_si256(reinterpret_cast<__m256i*>(left + key * kPanel<float> / 2), lanes);
+  }
+  void put_right(int64_t key, __m512i two_keys) const {
+    constexpr int W = kLanes<float>;
+    alignas(64) static constexpr auto alternating = [] {
+      struct {
+        uint16_t of[2 * W];
+      } index{};
+      for (int i = 0; i < W; ++i) index.of[2 * i] = i, index.of[2 * i + 1] = W + i;
+      return index;
+    }();
+    const __m512i pairs = _mm512_permutexvar_epi16(_mm512_load_si512(&alternating), two_keys);
+    _mm512_store_si512(right + key / 2 * kPanel<float>, pairs);
+  }
+};
+
+// A [keys, kPanel] tile of floats, rounded to be an operand.
+template <Side kSide>
+class RoundedTile {
+ public:
+  RoundedTile(Scratch<float>& scratch, int64_t keys)
+      : left_(take_pairs(scratch, kSide == Side::right ? 0 : keys * kPanel<float> / 2)),
+        right_(take_pairs(scratch, kSide == Side::left ? 0 : ceil_div(keys, 2) * kPanel<float>)) {}
+
+  RoundedLanes<kSide> lanes(float*, int64_t lane) const {
+    return {left_ + lane / 2, right_ + lane};
+  }
+  Left<Pair> left(const float*) const { return {left_, kPanel<float> / 2}; }
+  const Pair* right(const float*) const { return right_; }
+
+ private:
+  Pair *left_, *right_;
+};
 
 #endif
 

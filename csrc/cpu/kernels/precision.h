@@ -13,12 +13,35 @@ struct InverseSum {
   vec<T> factor, exponent;
 };
 
+// One vector of lanes of a [keys, kPanel] tile, as a place for numbers that products will read.
+template <class T>
+struct LanesInPlace {
+  T* data;
+
+  void put(int64_t key, vec<T> x) const { store<T>(data + key * kPanel<T>, x); }
+  void put(int64_t key, vec<T> x, vec<T> next) const {
+    put(key, x);
+    put(key + 1, next);
+  }
+};
+
+// A [keys, kPanel] tile that is an operand as it lies, on either side.
+template <class T>
+struct TileInPlace {
+  TileInPlace(Scratch<T>&, int64_t) {}
+  LanesInPlace<T> lanes(T* tile, int64_t lane) const { return {tile + lane}; }
+  Left<T> left(const T* tile) const { return {tile, kPanel<T>}; }
+  const T* right(const T* tile) const { return tile; }
+};
+
 // Operands of the type of the tiles.
 template <class T>
 struct FullPrecision {
   using Number = T;   // of tiles
   using Element = T;  // of operands
   using Keys = Operand<T>;
+  template <Side>
+  using Tile = TileInPlace<T>;
   // Whether the scale of the logits goes into the panel of queries, where it costs nothing, and the
   // inverse sum of a row into whatever its probabilities are multiplied by. (Numbers that must be
   // rounded to be operands are better left alone.)
@@ -29,8 +52,6 @@ struct FullPrecision {
   static constexpr int64_t depth(int64_t numbers) { return numbers; }
 
   static T* take(Scratch<T>& scratch, int64_t elements) { return scratch.take(elements); }
-  // Memory for tiles of `rows` rows that are rounded to be operands: none.
-  static T* take_rounded(Scratch<T>&, int64_t) { return nullptr; }
 
   // The rows of x as B[rows, width].
   static void read_rows(const Input& x, int64_t b, int64_t h, int64_t first, int64_t rows,
@@ -47,10 +68,6 @@ struct FullPrecision {
   static T logit_factor(double) { return 1; }
   // What of a row's inverse sum, 0 where it sees no key, is multiplied and what added to exponents.
   static InverseSum<T> split(vec<T> inverse_sum) { return {inverse_sum, vec<T>{}}; }
-
-  // A tile [keys, kPanel] as B[keys, lanes] and as A[keys, lanes].
-  static const T* as_columns(const T* tile, int64_t, int64_t, T*, T*) { return tile; }
-  static Left<T> as_rows(const T* tile, int64_t, int64_t, T*) { return {tile, kPanel<T>}; }
 };
 
 // Whether every operand of the products is stored as bfloat16.
@@ -69,6 +86,8 @@ struct PairPrecision {
   using Number = float;
   using Element = Pair;
   using Keys = PairOperand;
+  template <Side kSide>
+  using Tile = RoundedTile<kSide>;
   static constexpr bool kFoldFactors = false;
   static constexpr Sum kLogits = Sum::scaled_plus_row;
 
@@ -76,9 +95,6 @@ struct PairPrecision {
 
   static Pair* take(Scratch<float>& scratch, int64_t elements) {
     return take_pairs(scratch, elements);
-  }
-  static Pair* take_rounded(Scratch<float>& scratch, int64_t rows) {
-    return take_pairs(scratch, depth(rows) * kPanel<float>);  // pairs of rows
   }
 
   static void read_rows(const Input& x, int64_t b, int64_t h, int64_t first, int64_t rows,
@@ -101,16 +117,6 @@ struct PairPrecision {
     return {sees ? one : vec<float>{}, log2<float>(sees ? inverse_sum : one)};
   }
   static float logit_factor(double scale) { return static_cast<float>(scale * kLog2e); }
-
-  static const Pair* as_columns(const float*, int64_t keys, int64_t vectors, const Pair* rows,
-                                Pair* columns) {
-    rows_to_columns(rows, keys, vectors, columns);
-    return columns;
-  }
-  static Left<Pair> as_rows(const float* tile, int64_t keys, int64_t vectors, Pair* rows) {
-    round_to_rows(tile, keys, vectors, rows);
-    return {rows, kPanel<float> / 2};
-  }
 };
 #endif
 

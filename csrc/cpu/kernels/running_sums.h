@@ -83,11 +83,12 @@ inline void add_tile(T* running, vec<T> shrink, vec<T> tile_sum) {
   store<T>(running, load(running) * shrink + tile_sum);
 }
 
-// Turns the tile's logits into p = 2^(s - max) and adds them to the running sums of one vector of
-// lanes. `logits` and `teacher` point at the lanes' column of the tiles.
-template <class Div, bool kTeacherLse, class T>
-inline void sweep(T* logits, const T* teacher, int64_t keys, const RunningSums<T>& sums,
-                  int64_t lane, int64_t value_dim) {
+// Turns the tile's logits into p = 2^(s - max), which go to `probabilities`, and adds them to the
+// running sums of one vector of lanes. `logits` and `teacher` point at the lanes' column of the
+// tiles.
+template <class Div, bool kTeacherLse, class Lanes, class T>
+inline void sweep(const T* logits, const T* teacher, int64_t keys, const RunningSums<T>& sums,
+                  int64_t lane, int64_t value_dim, Lanes probabilities) {
   constexpr bool kTeacherMax = Div::kTeacher && !kTeacherLse;
   constexpr bool kTeacherSum = Div::kTeacherProbability || kTeacherMax;
   const vec<T> before = load(sums.max + lane), teacher_before = load(sums.teacher_max + lane);
@@ -108,11 +109,9 @@ inline void sweep(T* logits, const T* teacher, int64_t keys, const RunningSums<T
   for (int64_t first = 0; first < keys; first += kSummedKeys) {
     const int64_t end = first + kSummedKeys < keys ? first + kSummedKeys : keys;
     vec<T> part{}, weighted_part{}, teacher_part{};
-    for (int64_t key = first; key < end; ++key) {
-      T* at = logits + key * kPanel<T>;
-      const vec<T> s = load(at) - max;
+    const auto next = [&](int64_t key) __attribute__((always_inline)) {
+      const vec<T> s = load(logits + key * kPanel<T>) - max;
       const vec<T> p = exp2<T>(s);
-      store<T>(at, p);
       part += p;
       if constexpr (Div::kTeacher) {
         vec<T> t = load(teacher + key * kPanel<T>), pt{};
@@ -123,7 +122,14 @@ inline void sweep(T* logits, const T* teacher, int64_t keys, const RunningSums<T
         }
         weighted_part += Div::term(p, pt, s - t);
       }
+      return p;
+    };
+    int64_t key = first;
+    for (; key + 1 < end; key += 2) {
+      const vec<T> p = next(key);
+      probabilities.put(key, p, next(key + 1));
     }
+    if (key < end) probabilities.put(key, next(key));
     sum += part;
     weighted += weighted_part;
     teacher_sum += teacher_part;

@@ -24,21 +24,33 @@ void slope_sweep(Maps& maps, int64_t keys, int64_t lane) {
   }
 }
 
-// dS = P (dP + offset + factor * phi'), in place of dP; the slope is phi' times the scale that P
-// lacks, which it gets.
-template <bool kScaled, class T>
-void group_grad_sweep(T* probability, const T* slope, const T* scale, T* grad_probability,
-                      int64_t keys, vec<T> offset, vec<T> factor) {
-  for (int64_t at = 0; at < keys * kPanel<T>; at += kPanel<T>) {
+// P and dS = P (dP + offset + factor * phi') of one vector of lanes, each to its place; the slope
+// is phi' times the scale that P lacks, which it gets.
+template <bool kScaled, class T, class Lanes, class GradLanes>
+void group_grad_sweep(const T* probability, const T* slope, const T* scale,
+                      const T* grad_probability, int64_t keys, vec<T> offset, vec<T> factor,
+                      Lanes to_probability, GradLanes to_grad_logits) {
+  struct Both {
+    vec<T> p, ds;
+  };
+  const auto next = [&](int64_t key) __attribute__((always_inline)) {
+    const int64_t at = key * kPanel<T>;
     const vec<T> relative = load(probability + at);
     vec<T> p = relative;
-    if constexpr (kScaled) {
-      p *= load(scale + at);
-      store<T>(probability + at, p);
-    }
+    if constexpr (kScaled) p *= load(scale + at);
     const vec<T> dp = load(grad_probability + at) + offset;
-    store<T>(grad_probability + at, p * dp + factor * (relative * load(slope + at)));
+    return Both{p, p * dp + factor * (relative * load(slope + at))};
+  };
+  int64_t key = 0;
+  for (; key + 1 < keys; key += 2) {
+    const Both one = next(key), two = next(key + 1);
+    to_probability.put(key, one.p, two.p);
+    to_grad_logits.put(key, one.ds, two.ds);
   }
+  if (key == keys) return;
+  const Both last = next(key);
+  to_probability.put(key, last.p);
+  to_grad_logits.put(key, last.ds);
 }
 
 template <class Div, class Precision>
@@ -53,12 +65,14 @@ class TwoPassBackwardWorker {
       : p_(problem),
         maps_(problem, {problem.origin, problem.inverse_sum, problem.teacher_lse}, scratch),
         chunk_(chunk_keys(problem, maps_.heads())),
-        gradients_(problem, maps_.heads(), chunk_, tile_keys(), scratch),
+        gradients_(problem, maps_.heads(), chunk_, scratch),
         key_(p_.key, p_.head_dim, tile_keys(), hides_keys(), Keys::Use::columns, scratch),
         value_(p_.value, gradients_.value_dim(), tile_keys(), hides_keys(), Keys::Use::rows,
                scratch),
         grad_probability_(scratch.take(kRows * tile_keys())),
         factor_(scratch.take(maps_.heads() * kRows)),
+        probability_(scratch, tile_keys()),
+        grad_logits_(scratch, tile_keys()),
         dropout_(problem.dropout, scratch, tile_keys()) {}
 
   // See key_range, which calls these.
@@ -137,9 +151,11 @@ class TwoPassBackwardWorker {
     for (int64_t lane = 0; lane < vectors * kLanes<T>; lane += kLanes<T>)
       group_grad_sweep<Div::kLogRatio, T>(
           probability + lane, maps_.slope() + lane, maps_.scale() + lane, grad_probability_ + lane,
-          keys, load(gradients_.offset(i) + lane), load(factor_ + i * kRows + lane));
-    dropout_.apply(probability, keys, vectors);
-    gradients_.add(i, key, keys, at.rows, key_.columns(0), probability, grad_probability_);
+          keys, load(gradients_.offset(i) + lane), load(factor_ + i * kRows + lane),
+          dropout_.apply(probability_.lanes(probability, lane), lane),
+          grad_logits_.lanes(grad_probability_, lane));
+    gradients_.add(i, key, keys, at.rows, key_.columns(0), probability_.left(probability),
+                   grad_logits_.left(grad_probability_), grad_logits_.right(grad_probability_));
   }
 
   const BackwardProblem& p_;
@@ -148,6 +164,8 @@ class TwoPassBackwardWorker {
   Gradients<Precision> gradients_;
   Keys key_, value_;
   T *grad_probability_, *factor_;
+  typename Precision::template Tile<Side::left> probability_;
+  typename Precision::template Tile<Side::both> grad_logits_;
   Dropout<T> dropout_;
 };
 
