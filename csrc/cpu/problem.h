@@ -45,9 +45,10 @@ inline constexpr int64_t kPanelBytes = 256;
 inline constexpr int64_t kMaxPanelsPerTask = 4;
 // Numbers a query row that a forward task gathers beside the row of the output.
 inline constexpr int64_t kRunningSums = 6;
-// Keys whose gradients a backward task accumulates at a time. Keys, teacher keys, values and two
-// gradients of 512 rows of 32 floats are 320 KiB, within one core's L2.
-inline constexpr int64_t kChunkKeys = 512;
+// What a backward task may take of one core's L2 for keys, teacher keys and values and for the
+// gradients that it accumulates: 1126 keys of 32 floats. The more keys at a time, the fewer times
+// panels of query rows are made ready.
+inline constexpr int64_t kChunkBytes = int64_t{704} << 10;
 
 template <class T>
 inline constexpr int64_t kPanel = kPanelBytes / static_cast<int64_t>(sizeof(T));

@@ -1,9 +1,9 @@
 """The kernels of every instruction set, at the sizes where their tiles begin and end.
 
 Sizes refer to csrc/cpu: panels of 64 queries in float32 and 32 in float64, up to 4 of them a task;
-tiles of 96 keys forward, 48 backward and in second passes; chunks of 512 keys backward, of fewer
-for several heads together; micro-kernels of 4, 6, 8 or 12 rows and 1 to 4 vectors of 4 to 16 lanes.
-"""
+tiles of 96 keys forward, 48 backward and in second passes; chunks of 704 KiB of keys backward, of
+512 keys where there is a second pass, of fewer for several heads together; micro-kernels of 4, 6, 8
+or 12 rows and 1 to 4 vectors of 4 to 16 lanes.
 
 from __future__ import annotations
 
@@ -75,11 +75,12 @@ def test_keys_around_the_tiles(count, divergence, dtype):
 
 @every_arithmetic
 @every_divergence
-@pytest.mark.parametrize("count", [511, 512, 513, 1025])
+@pytest.mark.parametrize("count", [281, 282, 511, 512, 513, 563, 564, 1127])
 def test_keys_around_the_chunks(count, divergence, dtype):
     # sums this long leave nothing to chance: twice eager's error, and not a rounding more
     roundings = 0 if dtype == torch.float32 else None
-    sizes = Sizes(B=1, H=1, Lq=66, Lk=count)
+    # in one pass 320 numbers a key: 563 keys of float32, 281 of float64
+    sizes = Sizes(B=1, H=1, Lq=66, Lk=count, D=64, Dv=64, Dt=64)
     check(sizes, dtype, roundings=roundings, divergence=divergence)
 
 

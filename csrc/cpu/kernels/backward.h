@@ -16,8 +16,6 @@
 
 namespace attn_kd::ATTN_KD_ISA {
 
-using cpu::kChunkKeys;
-
 // Keys of a backward tile: a multiple of the micro-kernels' 6 and 12 rows; three tiles are 36 KiB.
 inline constexpr int64_t kBackwardKeys = 48;
 
@@ -143,10 +141,14 @@ class BackwardWorker {
   void finish_keys(const Block& at) { gradients_.store_keys(0, at.b, at.h, at.first_key, at.keys); }
 
  private:
-  // Chunks of one size, as large as kChunkKeys allows: a short last one would cost as many panels.
+  // Chunks of one size, as large as kChunkBytes allows: a short last one would cost as many panels.
   static int64_t chunk_keys(const BackwardProblem& p) {
+    const int64_t gradients = round_up(p.head_dim, kLanes<T>) + round_up(p.value_dim, kLanes<T>);
+    const int64_t operands = p.head_dim + p.value_dim + p.teacher_keys(p.teacher_dim);
+    const int64_t bytes = (gradients + operands) * static_cast<int64_t>(sizeof(T));
+    const int64_t affordable = max(cpu::kChunkBytes / bytes, kBackwardKeys);
     const int64_t keys = ceil_div(p.key_length, p.key_splits);
-    const int64_t equal = ceil_div(keys, ceil_div(keys, kChunkKeys));
+    const int64_t equal = ceil_div(keys, ceil_div(keys, affordable));
     return min(keys, round_up(equal, kBackwardKeys));
   }
   bool hides_keys() const { return Bias<T>::hides_keys(p_.mask); }

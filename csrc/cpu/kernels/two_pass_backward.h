@@ -110,9 +110,9 @@ class TwoPassBackwardWorker {
   // Keys whose gradients are accumulated at a time. More of them spare loads of the panels; all
   // heads' gradients may take 1 MiB.
   static int64_t chunk_keys(const BackwardProblem& p, int64_t heads) {
-    constexpr int64_t kElements = (int64_t{1} << 20) / static_cast<int64_t>(sizeof(T));
+    constexpr int64_t kKeys = 512, kElements = (int64_t{1} << 20) / static_cast<int64_t>(sizeof(T));
     const int64_t columns = round_up(p.head_dim, kLanes<T>) + round_up(p.value_dim, kLanes<T>);
-    const int64_t affordable = min(kElements / (heads * columns), cpu::kChunkKeys);
+    const int64_t affordable = min(kElements / (heads * columns), kKeys);
     return min(max(affordable / kGroupKeys, 1) * kGroupKeys, p.key_length);
   }
   bool hides_keys() const { return Bias<T>::hides_keys(p_.mask); }
