@@ -25,7 +25,7 @@ from tests.ops.cases import (
 SIZES = Sizes()
 
 by_kernels = pytest.mark.parametrize("backend", ["cpu", "triton"], indirect=True)
-by_the_short_way = pytest.mark.usefixtures("cpu_backend")
+needs_extension = pytest.mark.usefixtures("cpu_backend")
 
 # What the operators are called in torch.ops.attn_kd.
 PREFIX = {"cpu": "attn_kd.attention_kl", "triton": "attn_kd.triton_attention_kl"}
@@ -35,18 +35,18 @@ def call(*tensors: Tensor, backend: str = "cpu", **options) -> attn_kd.Attention
     return attn_kd.attention_kl(*tensors, backend=backend, **options)
 
 
-@by_the_short_way
+@by_kernels
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("head_reduction", HEAD_REDUCTIONS)
-def test_both_ways_give_the_same(divergence, head_reduction):
+def test_both_ways_give_the_same(backend, divergence, head_reduction):
     inputs = random_inputs(SIZES)
     cotangents = random_cotangents(SIZES, head_reduction=head_reduction)
     options = Options(0.5, 0.4, divergence, head_reduction)
 
     def checked(*tensors: Tensor) -> tuple[Tensor, ...]:
-        return dispatch._run_checked(Operands(*tensors), options, "cpu")
+        return dispatch._run_checked(Operands(*tensors), options, backend)
 
-    short = run(call, inputs, cotangents, **{**options._asdict()})
+    short = run(call, inputs, cotangents, backend=backend, **options._asdict())
     assert_equal(short, run(checked, inputs, cotangents))
 
 
@@ -140,13 +140,13 @@ def test_tensors_of_two_devices_in_inference_mode(backend):
         call(inputs.query, inputs.key.to("meta"), *inputs[2:], backend=backend)
 
 
-@by_the_short_way
+@needs_extension
 def test_the_short_way_counts_its_arguments():
     with pytest.raises(TypeError, match="takes 13 arguments, got 1"):
         extension.module.attention_kl(torch.zeros(1))
 
 
-@by_the_short_way
+@needs_extension
 def test_a_lack_of_memory_is_no_refusal():
     """What is not about the arguments is raised at once, and not tried again the long way."""
     huge = torch.ones(1, 1, 1, 8).expand(2**20, 1, 2**30, 8)
