@@ -192,7 +192,6 @@ def test_activation_checkpointing(backend, reentrant, divergence):
         assert torch.equal(leaf.grad, expected[f"grad_{name}"]), name
 
 
-@by_kernels
 @every_divergence
 def test_functional_vjp(backend, divergence):
     inputs, cotangents = random_inputs(Sizes()), random_cotangents(Sizes())
@@ -208,22 +207,19 @@ def test_functional_vjp(backend, divergence):
         assert torch.equal(grad, expected[f"grad_{name}"]), name
 
 
-@by_kernels
 def test_functional_grad_within_a_graph(backend):
-    """As meta-learning has it: the inner gradient is a number to the outer graph."""
+    """The outer graph goes on through what the inner level computes."""
     inputs = random_inputs(Sizes())
 
     def loss(value: Tensor, query: Tensor) -> Tensor:
         out = attn_kd.attention_kl(query, inputs.key, value, *inputs[3:], backend=backend)
         return out.output.sum() + out.kl.sum()
 
-    grad, result = torch.func.grad_and_value(loss)(inputs.value, inputs.query)
-    leaf = inputs.query.clone().requires_grad_()
-    _, with_graph = torch.func.grad_and_value(loss)(inputs.value, leaf)
-    assert torch.equal(result, with_graph)
-    (outer,) = torch.autograd.grad(with_graph, leaf)
+    leaf = inputs.query.requires_grad_()
+    _, result = torch.func.grad_and_value(loss)(inputs.value, leaf)
+    (actual,) = torch.autograd.grad(result, leaf)
     (expected,) = torch.autograd.grad(loss(inputs.value, leaf), leaf)
-    assert torch.equal(outer, expected) and grad.shape == inputs.value.shape
+    assert torch.equal(actual, expected)
 
 
 @by_kernels
