@@ -11,7 +11,13 @@ interpolation (rows sum to 1) the factors become R Q and R K, and as logits are 
     t′ = scale · (R Q) (R K)ᵀ = R t Rᵀ
 
 The student learns from interpolated *logits*, for any two grids. Attention is not conserved: a peak
-between the student's tokens is flattened, and a softmax over fewer tokens is another one.
+between the student's tokens is flattened, and a softmax over fewer tokens is another one. Padding
+of the teacher has no part: with v [n] 1 where a token is visible and 0 where it is padding, the
+rows of R are renormalised over what is visible (a normalised convolution),
+
+    R′ = diag(R v)⁻¹ R diag(v)        that is, resample(x · v) / resample(v)
+
+which is R, bit for bit, in every row that no padding lies in the reach of.
 
 **group.** Student token j stands for the G teacher tokens g of the block it covers. With P [m, n]
 the mean over blocks the teacher's queries become P Q, whose logits P t are the means of those of a
@@ -26,11 +32,13 @@ G = T · h/h′ · w/w′.
 
 Either way the student's mask says which of its tokens are padding, for both models. At the border
 of the picture a student token may cover teacher tokens of which some are padding. If the record
-knows the teacher's padding, "group" leaves those out of sums and means. (Keys get one more feature,
-a bias of -2¹⁴, and queries a 1 beside it.) Where all of a block is padding, all of it counts; so
-does it with "resample", whose filter is one of whole images, and with a record that knows no mask.
-A teacher without a mask has no padding, whatever its pictures show. Biases of additive masks other
-than those that hide are not carried over.
+knows the teacher's padding, those are left out: by "resample" of the filter, by "group" of sums and
+means. (Its keys get one more feature, a bias of -2¹⁴, and queries a 1 beside it.) A student token
+that covers nothing but padding is itself padding where images are padded at the right and at the
+bottom, and the student hides it; if it does not, "group" counts all of the block, and "resample"
+gives it factors of zero. With a record that knows no mask everything counts. A teacher without a
+mask has no padding, whatever its pictures show. Biases of additive masks other than those that hide
+are not carried over.
 The teacher's log-sum-exp does not fit the new logits: the operator computes it anew.
 """
 
@@ -95,10 +103,12 @@ def resample_tokens(
     tokens: Tensor,  # [B, H, h * w, D]
     grid: Grid,  # (h, w)
     target: Grid,  # (h', w')
+    shown: Tensor | None = None,  # bool [B or 1, H or 1, h * w, 1]; None: every token
 ) -> Tensor:
     """Return tokens [B, H, h'·w', D] interpolated as an image: bilinear, antialiased.
 
-    The antialiasing widens the filter where the target is coarser, so that every token counts.
+    The antialiasing widens the filter where the target is coarser, so that every token counts. Of
+    tokens that are not shown nothing counts, not even NaN; where none is in reach the result is 0.
     Computed in float32 at least; float64 stays.
 
     Raises:
@@ -109,9 +119,25 @@ def resample_tokens(
             f'alignment="resample" has no time axis: the grids are {grid} and {target}; '
             'expected (h, w), or alignment="group"'
         )
-    batch, heads, _, dim = tokens.shape
     wide = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
-    image = wide.transpose(2, 3).reshape(batch, heads * dim, *grid)
+    if shown is None:
+        return _interpolated(wide, grid, target)
+    resized = _interpolated(wide.masked_fill(~shown, 0.0), grid, target)
+    # Beside the mask a constant: the sums of the weights, 1 but for rounding. Their quotient is
+    # exactly 1 where nothing hidden is in reach.
+    shares = _interpolated(torch.cat([shown, torch.ones_like(shown)], -1).to(wide), grid, target)
+    weight = shares[..., :1] / shares[..., 1:]
+    return resized / weight.masked_fill(weight == 0, 1.0)
+
+
+def _interpolated(
+    tokens: Tensor,  # [B, H, h * w, D], float32 or float64
+    grid: Grid,
+    target: Grid,
+) -> Tensor:
+    """Return tokens [B, H, h'·w', D], all of them counted."""
+    batch, heads, _, dim = tokens.shape
+    image = tokens.transpose(2, 3).reshape(batch, heads * dim, *grid)
     resized = F.interpolate(image, size=target, mode="bilinear", antialias=True)
     return resized.reshape(batch, heads, dim, math.prod(target)).transpose(2, 3).contiguous()
 
@@ -148,10 +174,13 @@ def resampled_record(
     `queries_are_tokens`: in self-attention the queries are interpolated too; in cross-attention
     they are object queries and stay.
     """
+    shown = None
+    if record.mask_known and record.attn_mask is not None:
+        shown = _seen_tokens(record.attn_mask, grid)
     query = record.query
     if queries_are_tokens:
-        query = resample_tokens(query, grid, target)
-    key = resample_tokens(record.key, grid, target)
+        query = resample_tokens(query, grid, target, shown)
+    key = resample_tokens(record.key, grid, target, shown)
     return AttentionRecord(query, key, None, record.scale)
 
 
@@ -185,21 +214,25 @@ def grouped_record(
     return AttentionRecord(query, key.flatten(2, 3), None, scale, group=key.shape[3])
 
 
+def _seen_tokens(attn_mask: Tensor, grid: Grid) -> Tensor:
+    """Return which tokens some query sees, so that they are no padding: bool, [B|1, Ht|1, n, 1]."""
+    row = only_row(attn_mask)
+    shown = visible(attn_mask if row is None else row)
+    shown = shown.reshape((1,) * (4 - shown.dim()) + shown.shape).any(dim=2)
+    return shown.unsqueeze(-1).expand(-1, -1, math.prod(grid), -1)
+
+
 def _counting_tokens(attn_mask: Tensor, grid: Grid, target: Grid) -> Tensor:
     """Return which tokens of each block count: bool, [B or 1, Ht or 1, m, G, 1].
 
     Those that the teacher sees; all of a block of which it sees none.
     """
-    row = only_row(attn_mask)
-    if row is None:
+    if only_row(attn_mask) is None:
         raise InputError(
             f"the teacher's mask of shape {tuple(attn_mask.shape)} has a row for every query; "
             'alignment="group" expected one for all, [B, 1, 1, Lk], as for padding'
         )
-    shown = visible(row)
-    shown = shown.reshape((1,) * (4 - shown.dim()) + shown.shape).transpose(2, 3)
-    shown = shown.expand(-1, -1, math.prod(grid), -1)
-    blocks = group_tokens(shown, grid, target)
+    blocks = group_tokens(_seen_tokens(attn_mask, grid), grid, target)
     return blocks | ~blocks.any(dim=3, keepdim=True)
 
 

@@ -3,7 +3,8 @@
 Images of several sizes are padded to one, at the right and at the bottom. A record is of the image
 alone, on its own grid; in the batch its cells lie at the top left of the padded grid, and the cells
 of the padding are zero. They have no part in the loss: the student's mask hides those keys from
-both maps, and those rows are not counted (`attn_kd.nn.taps.distilled_rows`).
+both maps, those rows are not counted (`attn_kd.nn.taps.distilled_rows`), and moved to another grid
+what is visible is not mixed with padding (`attn_kd.distill.alignment`).
 
 For that the student must see exactly the cells that the record has. How many of its cells a DETR
 takes for visible depends on the size it is padded to (it samples the mask at the nearest pixel), so

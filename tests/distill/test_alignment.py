@@ -141,6 +141,80 @@ def test_resampled_keys_of_cross_attention():
     assert_equal_with_gradients(student, record, logits, padding(target))
 
 
+def visible_part(grid) -> Tensor:
+    """Return a teacher's padding mask [B, 1, 1, n]: one image whole, one without its border."""
+    seen = torch.ones(B, *grid, dtype=torch.bool)
+    seen[1, grid[0] - grid[0] // 3 :] = False
+    seen[1, :, grid[1] // 2 + 1 :] = False
+    return seen.flatten(1)[:, None, None]
+
+
+def renormalised(r, seen) -> Tensor:
+    """Return R' [B, 1, m, n] of the module's docstring; rows that see nothing are 0."""
+    r = r * seen.double()
+    return r / r.sum(-1, keepdim=True).where(r.any(-1, keepdim=True), 1.0)
+
+
+@pytest.mark.parametrize("queries_are_tokens", [True, False], ids=["self", "cross"])
+@pytest.mark.parametrize(("grid", "target"), RESAMPLED)
+def test_padding_of_the_teacher_is_left_out_of_the_interpolation(grid, target, queries_are_tokens):
+    student, record = case(grid, target, queries=None if queries_are_tokens else 7)
+    seen = visible_part(grid)
+    r = renormalised(resampling_matrix(grid, target), seen)
+    logits = record.scale * record.query @ record.key.mT @ r.mT
+    logits = r @ logits if queries_are_tokens else logits
+    record = record._replace(attn_mask=seen, mask_known=True)
+    record = resampled_record(record, grid, target, queries_are_tokens=queries_are_tokens)
+    assert_equal_with_gradients(student, record, logits, r.any(-1)[:, :, None])
+
+
+@pytest.mark.parametrize("held", [0.0, 1e4, float("nan")])
+def test_what_padding_holds_does_not_matter_to_resampling(held):
+    grid, target = (6, 9), (4, 4)
+    _, record = case(grid, target)
+    seen = visible_part(grid)
+    record = record._replace(attn_mask=seen, mask_known=True)
+    hidden = ~seen.transpose(2, 3)
+    other = record._replace(
+        query=record.query.masked_fill(hidden, held), key=record.key.masked_fill(hidden, held)
+    )
+    expected, actual = (
+        resampled_record(one, grid, target, queries_are_tokens=True) for one in (record, other)
+    )
+    assert torch.equal(actual.query, expected.query)
+    assert torch.equal(actual.key, expected.key)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_resampling_out_of_reach_of_padding_is_that_of_whole_images_to_the_bit(dtype):
+    grid, target = (7, 10), (3, 7)
+    tokens = torch.randn(B, H, 70, D).to(dtype)
+    seen = visible_part(grid)
+    whole = resample_tokens(tokens, grid, target)
+    actual = resample_tokens(tokens, grid, target, seen.transpose(2, 3))
+    assert torch.equal(actual[0], whole[0])
+    untouched = ~(resampling_matrix(grid, target) @ (~seen[1, 0, 0]).double()).bool()
+    assert 0 < untouched.sum() < 21
+    assert torch.equal(actual[1][:, untouched], whole[1][:, untouched])
+    assert not torch.equal(actual[1], whole[1])
+
+
+def test_resampling_under_a_mask_that_depends_on_the_query_leaves_out_keys_nobody_sees():
+    grid, target = (4, 4), (2, 3)
+    _, record = case(grid, target)
+    seen = visible_part(grid)
+    pairs = seen & torch.rand(B, 1, 16, 16).ge(0.5)
+    pairs[:, :, 0] = seen[:, :, 0]
+    expected, actual = (
+        resampled_record(
+            record._replace(attn_mask=mask, mask_known=True), grid, target, queries_are_tokens=True
+        )
+        for mask in (seen, pairs)
+    )
+    assert torch.equal(actual.query, expected.query)
+    assert torch.equal(actual.key, expected.key)
+
+
 GROUPED = [
     pytest.param((6, 4), (3, 4), id="rows"),
     pytest.param((4, 6), (2, 2), id="both-axes"),

@@ -16,7 +16,7 @@ from attn_kd.distill.layers import LayerPair
 from attn_kd.errors import InputError
 from attn_kd.nn.taps import AttentionRecord
 from tests.distill.explicit import explicit_kl, gradients
-from tests.distill.test_alignment import membership, resampling_matrix
+from tests.distill.test_alignment import membership, renormalised, resampling_matrix
 from tests.tiny_detr import STRIDE, tiny_batch, tiny_detr, token_mask
 
 ENCODER_0 = "model.encoder.layers.0.self_attn"
@@ -66,11 +66,11 @@ def expected_kl(student, logits, batch, kind):
     return explicit_kl(student_map(student, batch, kind), teacher_map, rows=rows)
 
 
-def aligned(logits, alignment, *, queries_are_tokens):
-    """Return whole logits moved to the student's grid."""
+def aligned(logits, alignment, visible, *, queries_are_tokens):
+    """Return whole logits moved to the student's grid; visible [B, n]: the teacher's tokens."""
     if alignment == "resample":
-        matrix = resampling_matrix(GRID, TARGET)
-        logits = logits @ matrix.T
+        matrix = renormalised(resampling_matrix(GRID, TARGET), visible[:, None, None])
+        logits = logits @ matrix.mT
         return matrix @ logits if queries_are_tokens else logits
     member = membership(GRID, TARGET).double()
     if queries_are_tokens:
@@ -88,9 +88,8 @@ def aligned(logits, alignment, *, queries_are_tokens):
 def test_teacher_of_a_finer_grid(teacher, student, layers, kind, padded, alignment):
     batch, fine = images(TARGET, padded=padded), images(GRID, padded=padded)
     (path,) = layers.values()
-    logits = aligned(
-        teacher_logits(teacher, fine, path), alignment, queries_are_tokens=kind == "encoder"
-    )
+    logits = teacher_logits(teacher, fine, path)
+    logits = aligned(logits, alignment, token_mask(fine), queries_are_tokens=kind == "encoder")
     eager = copy.deepcopy(student)
     expected = expected_kl(eager, logits, batch, kind)
     with AttentionDistiller(teacher, student, layers, alignment=alignment) as distiller:
@@ -98,6 +97,26 @@ def test_teacher_of_a_finer_grid(teacher, student, layers, kind, padded, alignme
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
         found = gradients(actual, student)
     torch.testing.assert_close(found, gradients(expected, eager), rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("alignment", ["resample", "group"])
+@pytest.mark.parametrize("layers", [{ENCODER_0: ENCODER_1}, {CROSS: CROSS}], ids=["self", "cross"])
+def test_what_the_teachers_padding_holds_does_not_matter(teacher, student, layers, alignment):
+    """A cache has zeros there, a teacher in a padded batch what its layers make of padding."""
+    batch, fine = images(TARGET, padded=True), images(GRID, padded=True)
+    (path,) = layers.values()
+    with TeacherRecorder(teacher, [path]) as recorder:
+        given = recorder(fine)
+    record = given.records[path]
+    visible = token_mask(fine)[:, None, :, None]
+    factors = {"key": record.key * visible}
+    if path == ENCODER_1:
+        factors["query"] = record.query * visible
+    cut = TeacherPass({path: record._replace(**factors)}, given.output, given.image_size)
+    with AttentionDistiller(teacher, student, layers, alignment=alignment) as distiller:
+        expected = distiller.run(batch, teacher_inputs=fine).attention_kl
+        actual = distiller.run(batch, teacher_pass=cut).attention_kl
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("alignment", ["resample", "group"])

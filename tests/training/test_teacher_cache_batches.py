@@ -9,6 +9,7 @@ from PIL import Image
 from attn_kd import AttentionDistiller
 from attn_kd.data import CocoDetection, DetectionCollator
 from attn_kd.distill import TeacherRecorder
+from attn_kd.distill.alignment import resampled_record
 from attn_kd.errors import InputError
 from attn_kd.models import build_detr, load_backbone_weights, load_detector, save_detector
 from attn_kd.training import CacheOptions, cache_teacher
@@ -179,6 +180,23 @@ def test_teacher_alone_and_in_a_padded_batch_of_features_agree(teacher, student,
     cached, live = distil(teacher[1], student, batch, given), distil(teacher[1], student, batch)
     for path, value in cached.items():
         torch.testing.assert_close(value, live[path], rtol=1e-4, atol=1e-7)
+
+
+def test_records_and_live_teacher_agree_on_a_coarser_grid(teacher, features, cache):
+    """Padding holds zeros in a record, something else in a live pass: resampling reads neither."""
+    items = [(index, features[index]) for index in range(len(GRIDS))]
+    batch, given = taught_batch(cache, items, FeatureCollator(), features=True)
+    batch.pop("labels")
+    path = LAYERS["model.encoder.layers.0.self_attn"]
+    with feature_maps_as_input(teacher[1]), TeacherRecorder(teacher[1], [path]) as recorder:
+        live = recorder(batch).records[path]
+    cached = given.records[path]
+    assert (live.key - cached.key).abs().max() > 0.01  # in the padding
+    expected, actual = (
+        resampled_record(one, (6, 6), (4, 4), queries_are_tokens=True) for one in (live, cached)
+    )
+    torch.testing.assert_close(actual.query, expected.query, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual.key, expected.key, rtol=1e-4, atol=1e-5)
 
 
 def test_teacher_output_is_that_of_the_image(teacher, features, cache):
