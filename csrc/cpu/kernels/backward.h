@@ -155,7 +155,8 @@ class BackwardWorker {
 
   // Per row: what of dS does not depend on the key, and the inverse sum, which goes into whatever
   // the row's probabilities are multiplied by or, where that must not be touched, into their
-  // exponent. Rows that see no key, whose logits are all masked, get zeros.
+  // exponent. Rows that see no key get zeros, and so do lanes without a row, one of which a product
+  // of two rows at a time reads; their logits are masked, whatever a mask adds to them.
   void row_constants(int64_t at, int64_t rows) {
     for (int64_t lane = 0; lane < rows; lane += kLanes<T>) {
       const auto read = [&](const void* x) { return row_lanes<T>(x, at + lane, rows - lane); };
@@ -165,7 +166,7 @@ class BackwardWorker {
       vec<T> offset = load(gradients_.offset(0) + lane);
       if constexpr (Div::kTeacher) {
         const vec<T> grad = read(p_.grad_kl);
-        vec<T> slope{}, minus_origin{};
+        vec<T> slope{}, minus_origin = broadcast(kMasked<T>);
         for (int64_t i = 0; i < kLanes<T> && lane + i < rows; ++i) {
           // In double: what is rounded here is common to all keys of the row.
           const auto* lses = static_cast<const T*>(p_.teacher_lse);
@@ -173,15 +174,14 @@ class BackwardWorker {
           const double lse = kLog2e * lses[at + lane + i] - p_.group_shift();
           const double correction = corrections[at + lane + i] + kLn2 * exponent[i];
           const T origin = static_cast<T>(Div::teacher_origin(lse, correction));
-          minus_origin[i] = sees[i] ? -origin : T(0);
+          if (sees[i]) minus_origin[i] = -origin;
           offset[i] += static_cast<T>(Div::row_offset(grad[i], correction, origin - lse));
           slope[i] = static_cast<T>(Div::row_slope(grad[i], factor[i], origin - lse));
         }
-        // Lanes without a row included: a product of two rows at a time reads one of them.
         store<T>(minus_teacher_origin_ + lane, minus_origin);
         store<T>(slope_ + lane, sees ? slope : vec<T>{});
       }
-      store<T>(minus_origin_ + lane, exponent - read(p_.origin));
+      store<T>(minus_origin_ + lane, sees ? exponent - read(p_.origin) : broadcast(kMasked<T>));
       store<T>(gradients_.offset(0) + lane, sees ? offset * factor : vec<T>{});
     }
   }

@@ -198,16 +198,17 @@ class ForwardWorker {
     T factor[P];
     for (int64_t row = 0; row < panel.rows; ++row) {
       const bool sees_no_key = sums.seen[row] == 0;
-      const T inverse_sum = sees_no_key ? T(0) : 1 / sums.sum[row];
+      const double sum = RunningSums<T>::total(sums.sum, sums.sum_rest, row);
+      const T inverse_sum = sees_no_key ? T(0) : static_cast<T>(1 / sum);
       factor[row] = inverse_sum * static_cast<T>(p_.dropout.keep_factor);
       static_cast<T*>(p_.origin)[at + row] = sums.max[row] == kMasked<T> ? T(0) : sums.max[row];
       static_cast<T*>(p_.inverse_sum)[at + row] = inverse_sum;
       static_cast<T*>(p_.correction)[at + row] = 0;
       // In double: the divergence is a small difference of these logarithms.
-      const double sum = static_cast<double>(sums.sum[row]), log_sum = __builtin_log2(sum);
+      const double log_sum = __builtin_log2(sum);
       const double lse = sees_no_key ? -__builtin_inf() : sums.max[row] + log_sum;
       static_cast<T*>(p_.lse)[at + row] = static_cast<T>(kLn2 * lse);
-      if constexpr (Div::kTeacher) finish_divergence(panel, row, at, sees_no_key, log_sum);
+      if constexpr (Div::kTeacher) finish_divergence(panel, row, at, sees_no_key, sum, log_sum);
     }
     transpose_from_panel(sums.output, panel.rows, p_.value_dim, factor, rows_, p_.value_dim);
     store_rows(rows_, p_.value_dim, T(1), p_.output, b, h, panel.first_row, panel.rows,
@@ -215,10 +216,10 @@ class ForwardWorker {
   }
 
   void finish_divergence(const QueryPanel<Precision>& panel, int64_t row, int64_t at,
-                         bool sees_no_key, double log_sum) {
+                         bool sees_no_key, double sum, double log_sum) {
     const RunningSums<T>& sums = panel.sums;
-    const double weighted = sums.weighted[row], sum = sums.sum[row];
-    const double teacher_sum = sums.teacher_sum[row];
+    const double weighted = RunningSums<T>::total(sums.weighted, sums.weighted_rest, row);
+    const double teacher_sum = RunningSums<T>::total(sums.teacher_sum, sums.teacher_sum_rest, row);
     // What the teacher's logits were measured from, and what the backward pass will measure them
     // from but for roundings of its own: the LSE as it is stored.
     double origin, teacher_log_sum, stored_lse;

@@ -12,30 +12,41 @@ namespace attn_kd::ATTN_KD_ISA {
 // of one sum after the other.
 inline constexpr int64_t kSummedKeys = 12;
 
-// The running sums of a panel, base 2, one lane a query row.
+// The running sums of a panel, base 2, one lane a query row. Those that end in `rest` are what
+// rounding has taken from the sums before them.
 template <class T>
 struct RunningSums {
-  T* max = nullptr;          // largest logit seen
-  T* sum = nullptr;          // sum of p = 2^(s - max)
-  T* weighted = nullptr;     // sum of the divergence's terms
-  T* teacher_max = nullptr;  // as for the student; 0 where its logits are measured from a given LSE
-  T* teacher_sum = nullptr;
+  T* max = nullptr;                                 // largest logit seen
+  T *sum = nullptr, *sum_rest = nullptr;            // of p = 2^(s - max)
+  T *weighted = nullptr, *weighted_rest = nullptr;  // of the divergence's terms
+  // As for the student; the maximum is 0 where the logits are measured from a given LSE.
+  T* teacher_max = nullptr;
+  T *teacher_sum = nullptr, *teacher_sum_rest = nullptr;
   T* seen = nullptr;    // 1 where the row has seen a key, which only a mask can hide
   T* output = nullptr;  // [Dv, kPanel], sum of p times the value
 
   // Elements of the memory it is laid out in.
   static int64_t elements(int64_t value_dim) { return (cpu::kRunningSums + value_dim) * kPanel<T>; }
 
+  // A row's sum with what rounding took from it; an infinite sum has lost nothing.
+  static double total(const T* sum, const T* rest, int64_t row) {
+    const double lost = rest[row];
+    return sum[row] + (lost == lost ? lost : 0);
+  }
+
   RunningSums() = default;
   explicit RunningSums(T* memory)
       : max(memory),
         sum(max + kPanel<T>),
-        weighted(sum + kPanel<T>),
-        teacher_max(weighted + kPanel<T>),
+        sum_rest(sum + kPanel<T>),
+        weighted(sum_rest + kPanel<T>),
+        weighted_rest(weighted + kPanel<T>),
+        teacher_max(weighted_rest + kPanel<T>),
         teacher_sum(teacher_max + kPanel<T>),
-        seen(teacher_sum + kPanel<T>),
+        teacher_sum_rest(teacher_sum + kPanel<T>),
+        seen(teacher_sum_rest + kPanel<T>),
         output(seen + kPanel<T>) {
-    static_assert(cpu::kRunningSums == 6);
+    static_assert(cpu::kRunningSums == 9);
   }
 
   void reset(bool teacher_lse_given, int64_t vectors, int64_t value_dim) {
@@ -43,7 +54,8 @@ struct RunningSums {
     for (int64_t lane = 0; lane < vectors * kLanes<T>; lane += kLanes<T>) {
       store<T>(max + lane, masked);
       store<T>(teacher_max + lane, teacher_lse_given ? vec<T>{} : masked);
-      for (T* of : {sum, weighted, teacher_sum, seen}) store<T>(of + lane, vec<T>{});
+      for (T* of : {sum, sum_rest, weighted, weighted_rest, teacher_sum, teacher_sum_rest, seen})
+        store<T>(of + lane, vec<T>{});
       for (int64_t row = 0; row < value_dim; ++row)
         store<T>(output + row * kPanel<T> + lane, vec<T>{});
     }
@@ -77,10 +89,14 @@ inline vec<T> origin_of(vec<T> max) {
 }
 
 // Adds a tile's sum to what came before it, which shrinks as the maximum rises. Tiles are summed
-// from zero, so that rounding errors do not grow with the number of keys.
+// from zero, and what rounding takes from their sum is kept (Knuth's two-sum), so that errors do
+// not grow with the number of keys: a divergence may be a small difference of these sums.
 template <class T>
-inline void add_tile(T* running, vec<T> shrink, vec<T> tile_sum) {
-  store<T>(running, load(running) * shrink + tile_sum);
+inline void add_tile(T* running, T* rest, vec<T> shrink, vec<T> tile_sum) {
+  const vec<T> before = load(running) * shrink, total = before + tile_sum;
+  const vec<T> added = total - before;
+  store<T>(running, total);
+  store<T>(rest, load(rest) * shrink + ((before - (total - added)) + (tile_sum - added)));
 }
 
 // Turns the tile's logits into p = 2^(s - max), which go to `probabilities`, and adds them to the
@@ -139,10 +155,12 @@ inline void sweep(const T* logits, const T* teacher, int64_t keys, const Running
     const vec<T> shift = (before - highest) - (teacher_before - load(sums.teacher_max + lane));
     store<T>(sums.weighted + lane, Div::shifted(load(sums.weighted + lane), load(sums.sum + lane),
                                                 load(sums.teacher_sum + lane), shift));
-    add_tile(sums.weighted + lane, Div::kTeacherProbability ? teacher_shrink : shrink, weighted);
+    add_tile(sums.weighted + lane, sums.weighted_rest + lane,
+             Div::kTeacherProbability ? teacher_shrink : shrink, weighted);
   }
-  add_tile(sums.sum + lane, shrink, sum);
-  if constexpr (kTeacherSum) add_tile(sums.teacher_sum + lane, teacher_shrink, teacher_sum);
+  add_tile(sums.sum + lane, sums.sum_rest + lane, shrink, sum);
+  if constexpr (kTeacherSum)
+    add_tile(sums.teacher_sum + lane, sums.teacher_sum_rest + lane, teacher_shrink, teacher_sum);
 }
 
 // Adds to one vector of lanes of `sums` what the same rows have gathered from other keys.
@@ -154,24 +172,35 @@ inline void merge(const RunningSums<T>& sums, const RunningSums<T>& other, int64
       max_or_second<T>(load(other.teacher_max + lane), load(sums.teacher_max + lane));
   struct Rebased {
     vec<T> shrink, teacher_shrink, weighted;
+    vec<T> weight() const { return Div::kTeacherProbability ? teacher_shrink : shrink; }
   };
   const auto rebase = [&](const RunningSums<T>& part) {
     const vec<T> change = load(part.max + lane) - max;
     const vec<T> teacher_change = load(part.teacher_max + lane) - teacher_max;
     Rebased rebased{exp2<T>(change), exp2<T>(teacher_change), {}};
     if constexpr (Div::kTeacher)
-      rebased.weighted = (Div::kTeacherProbability ? rebased.teacher_shrink : rebased.shrink) *
-                         Div::shifted(load(part.weighted + lane), load(part.sum + lane),
+      rebased.weighted = Div::shifted(load(part.weighted + lane), load(part.sum + lane),
                                       load(part.teacher_sum + lane), change - teacher_change);
     return rebased;
   };
   const Rebased mine = rebase(sums), others = rebase(other);
-  const auto add = [lane](T* to, const T* from, vec<T> shrink, vec<T> shrink_from) {
-    store<T>(to + lane, load(to + lane) * shrink + load(from + lane) * shrink_from);
+  const auto add_sum = [lane](T* to, T* rest, vec<T> shrink, vec<T> from, const T* from_rest,
+                              vec<T> from_shrink) {
+    add_tile<T>(to + lane, rest + lane, shrink, from * from_shrink);
+    store<T>(rest + lane, load(rest + lane) + load(from_rest + lane) * from_shrink);
   };
-  if constexpr (Div::kTeacher) store<T>(sums.weighted + lane, mine.weighted + others.weighted);
-  add(sums.sum, other.sum, mine.shrink, others.shrink);
-  add(sums.teacher_sum, other.teacher_sum, mine.teacher_shrink, others.teacher_shrink);
+  if constexpr (Div::kTeacher) {
+    store<T>(sums.weighted + lane, mine.weighted);
+    add_sum(sums.weighted, sums.weighted_rest, mine.weight(), others.weighted, other.weighted_rest,
+            others.weight());
+  }
+  add_sum(sums.sum, sums.sum_rest, mine.shrink, load(other.sum + lane), other.sum_rest,
+          others.shrink);
+  add_sum(sums.teacher_sum, sums.teacher_sum_rest, mine.teacher_shrink,
+          load(other.teacher_sum + lane), other.teacher_sum_rest, others.teacher_shrink);
+  const auto add = [lane](T* to, const T* from, vec<T> shrink, vec<T> from_shrink) {
+    store<T>(to + lane, load(to + lane) * shrink + load(from + lane) * from_shrink);
+  };
   for (int64_t row = 0; row < value_dim * kPanel<T>; row += kPanel<T>)
     add(sums.output + row, other.output + row, mine.shrink, others.shrink);
   store<T>(sums.max + lane, max);
