@@ -102,6 +102,18 @@ def test_given_teacher_lse(backend, dtype, divergence):
     assert_as_accurate_as_eager(actual, inputs, cotangents, **options)
 
 
+@pytest.mark.parametrize("keys", [4200, 16384])
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl"])
+def test_given_teacher_lse_of_thousands_of_keys(cpu_backend, divergence, keys):
+    """The sums over the keys then exceed their small difference, the divergence, by far."""
+    sizes = Sizes(B=1, H=2, Lq=64, Lk=keys, D=32, Dt=32, Dv=32)
+    inputs, cotangents = random_inputs(sizes), random_cotangents(sizes)
+    lse = explicit.teacher_lse(inputs.teacher_query.double(), inputs.teacher_key.double())
+    options = {"teacher_lse": lse.float(), "divergence": divergence}
+    actual = run_backend(cpu_backend, inputs, cotangents, **options)
+    assert_as_accurate_as_eager(actual, inputs, cotangents, roundings=0, **options)
+
+
 @every_divergence
 def test_given_teacher_lse_may_be_narrower_than_the_inputs(backend, divergence):
     inputs, cotangents = (

@@ -202,10 +202,11 @@ def test_a_constant_bias_shifts_the_lse_alone(backend, dtype, shift, divergence)
 
 @every_divergence
 @pytest.mark.parametrize("head_reduction", ["none", "mean"])
-def test_large_bias_beside_rows_that_do_not_exist(backend, head_reduction, divergence):
-    """Lq is no multiple of a block, and 100 added to a logit of 0 has no float32 exponential."""
-    inputs = random_inputs(SIZES)
-    cotangents = random_cotangents(SIZES, head_reduction=head_reduction)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+def test_large_bias_beside_rows_that_do_not_exist(backend, dtype, head_reduction, divergence):
+    """Lq is odd and no multiple of a block; 100 added to a logit of 0 has no exponential."""
+    inputs = random_inputs(SIZES, dtype)
+    cotangents = random_cotangents(SIZES, dtype, head_reduction)
     options = {"divergence": divergence, "head_reduction": head_reduction}
     options["attn_mask"] = torch.full((1, 1, 1, Lk), 100.0)
     actual = run_backend(backend, inputs, cotangents, **options)
