@@ -8,6 +8,7 @@ import functools
 import json
 import math
 import os
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,8 +166,14 @@ class TrainingConfig:
         A field may have the name that it had in an earlier version.
 
         Raises:
-            InputError: a name is no field (the nearest is suggested), or a value is refused.
+            InputError: ``values`` is no mapping, a name is no field (the nearest is suggested), or
+                a value is refused.
         """
+        if not isinstance(values, Mapping):
+            raise InputError(
+                f"config is {reprlib.repr(values)}; expected a mapping of the names of settings to "
+                "their values"
+            )
         values = with_present_names(values)
         _refuse_unknown_fields(values)
         return cls(**values)

@@ -6,11 +6,13 @@ import contextlib
 import hashlib
 import json
 import os
+import reprlib
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from attn_kd._atomic import replacing_file
@@ -74,6 +76,23 @@ class TeacherIdentity:
             ) from None
         return cls(str(folder.resolve()), digest.hexdigest())
 
+    @classmethod
+    def from_json(cls, name: str, value: Any) -> TeacherIdentity | None:
+        """The identity that a record has under ``name``; ``None`` where it is null.
+
+        Raises:
+            InputError: it is something else.
+        """
+        if value is None:
+            return None
+        fields = value if isinstance(value, Mapping) else {}
+        if fields.keys() != {"folder", "sha256"} or {*map(type, fields.values())} != {str}:
+            raise InputError(
+                f"{name} is {reprlib.repr(value)}; expected null or an object of two strings, "
+                "folder and sha256"
+            )
+        return cls(**fields)
+
 
 @dataclass(frozen=True)
 class RunRecord:
@@ -110,15 +129,19 @@ class RunRecord:
                 names the file.
         """
         values = read_json(path, dict)
+        for name in ("config", "teacher"):
+            if name not in values:
+                raise InputError(f"{path} is no record of a training run: it has no {name!r}")
         try:
-            teacher, cache = (
-                None if identity is None else TeacherIdentity(**identity)
-                for identity in (values["teacher"], values.get("teacher_cache"))
-            )
             config = TrainingConfig.from_dict(values["config"])
-            return cls(config, teacher, values.get("data"), cache)
-        except (KeyError, TypeError) as error:
-            raise InputError(f"{path} is no record of a training run: {error}") from None
+            teacher, cache = (
+                TeacherIdentity.from_json(name, values.get(name))
+                for name in ("teacher", "teacher_cache")
+            )
+            data = values.get("data")
+            if not isinstance(data, (str, NoneType)):
+                raise InputError(f"data is {reprlib.repr(data)}; expected a string or null")
+            return cls(config, teacher, data, cache)
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
 

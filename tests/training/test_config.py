@@ -135,6 +135,12 @@ def test_broken_file_is_named(tmp_path, content):
         TrainingConfig.load(path)
 
 
+@pytest.mark.parametrize("values", [[], "x", None, 3], ids=repr)
+def test_settings_that_are_no_mapping_are_refused(values):
+    with pytest.raises(InputError, match=r"config is .*; expected a mapping of the names"):
+        TrainingConfig.from_dict(values)
+
+
 def test_differences_ignore_what_does_not_change_the_weights():
     config = TrainingConfig()
     assert config.differences(config.replace(num_workers=3, log_steps=1)) == {}

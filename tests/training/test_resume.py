@@ -13,12 +13,19 @@ from attn_kd.data import CocoDetection
 from attn_kd.errors import InputError
 from attn_kd.models import load_detector
 from attn_kd.training import (
+    TrainingConfig,
     TrainingData,
     TrainingInterrupted,
     distill_detector,
     train_detector,
 )
-from attn_kd.training.records import RunFolder, RunRecord, TeacherIdentity, latest_checkpoint
+from attn_kd.training.records import (
+    RunFolder,
+    RunRecord,
+    TeacherIdentity,
+    latest_checkpoint,
+    write_json,
+)
 from tests.tiny_data import write_tiny_data
 
 
@@ -97,6 +104,42 @@ def test_checkpoint_names_its_teacher(interrupted_data, config, tiny_teacher, tm
     weights = load_file(checkpoint / "model.safetensors")
     # The teacher has a second encoder layer.
     assert not any(name.startswith("model.encoder.layers.1.") for name in weights)
+
+
+TEACHER = {"folder": "models/teacher", "sha256": "0" * 64}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"config": []}, r"config is \[\]; expected a mapping"),
+        ({"config": "x"}, r"config is 'x'; expected a mapping"),
+        ({"config": {"alpha": "much"}}, r"alpha is 'much'; expected float"),
+        ({"teacher": [1]}, r"teacher is \[1\]; expected null or an object of two strings"),
+        ({"teacher": "models/teacher"}, r"teacher is 'models/teacher'; expected null or"),
+        ({"teacher": {**TEACHER, "folder": 3}}, r"teacher is \{'folder': 3.*; expected null or"),
+        ({"teacher": {**TEACHER, "sha256": None}}, r"teacher is .*None\}; expected null or"),
+        ({"teacher": {"folder": "models/teacher"}}, r"teacher is .*; expected null or"),
+        ({"teacher_cache": {**TEACHER, "more": ""}}, r"teacher_cache is .*; expected null or"),
+        ({"data": 7}, r"data is 7; expected a string or null"),
+    ],
+)
+def test_record_with_a_value_of_another_kind_is_refused_with_its_file(tmp_path, changes, message):
+    path = tmp_path / "training.json"
+    write_json(path, {**RunRecord(TrainingConfig()).to_dict(), "teacher": TEACHER})
+    assert RunRecord.load(path).teacher == TeacherIdentity(**TEACHER)
+    write_json(path, {**RunRecord(TrainingConfig()).to_dict(), **changes})
+    with pytest.raises(InputError, match=rf"{path}: {message}"):
+        RunRecord.load(path)
+
+
+@pytest.mark.parametrize("name", ["config", "teacher"])
+def test_record_that_lacks_a_value_is_refused(tmp_path, name):
+    path = tmp_path / "training.json"
+    values = RunRecord(TrainingConfig()).to_dict()
+    write_json(path, {key: value for key, value in values.items() if key != name})
+    with pytest.raises(InputError, match=rf"{path} is no record .*: it has no '{name}'"):
+        RunRecord.load(path)
 
 
 def test_another_teacher_is_refused(
