@@ -6,8 +6,8 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
+from functools import cache, cached_property
 
 from bench.cubins import cuobjdump
 from bench.nvcc_cubins import SOURCES, compile_cubin
@@ -25,14 +25,19 @@ INSTRUCTION = re.compile(
 
 @dataclass(frozen=True)
 class Kernel:
-    """An instance of a kernel's template, and how often each instruction stands in its code."""
+    """An instance of a kernel's template, and its code."""
 
     direction: str  # "forward" or "backward"
     element: str  # "BFloat16" or "Float16"
     head_dim: int
     row_warps: int  # of a block
     teacher: int  # forward: none, one whose LSE is known, or unknown; backward: none or one
-    instructions: Counter[str]
+    code: str = field(repr=False)  # the listing
+
+    @cached_property
+    def instructions(self) -> Counter[str]:
+        """How often each stands in the code."""
+        return Counter(INSTRUCTION.findall(self.code))
 
     def count(self, prefix: str) -> dict[str, int]:
         """How often the instructions occur whose names begin like that."""
@@ -61,8 +66,7 @@ def _kernel(symbol: str, code: str) -> Kernel:
     found = SYMBOL.search(symbol)
     assert found is not None, symbol
     sizes = {name: int(found[name]) for name in ("head_dim", "row_warps", "teacher")}
-    instructions = Counter(INSTRUCTION.findall(code))
-    return Kernel(found["direction"], found["element"], **sizes, instructions=instructions)
+    return Kernel(found["direction"], found["element"], **sizes, code=code)
 
 
 def disassemble(cubin: bytes) -> dict[str, str]:

@@ -81,12 +81,13 @@ def test_matrices_are_loaded_as_they_lie_and_transposed(arch):
 def test_tiles_are_copied_asynchronously(arch):
     """16 bytes of each operand past the first-level cache, for the first tile and for the next.
 
-    The operands are K, Kt, V of keys, and Q, Qt, dO, O of queries.
+    The operands are K, Kt, V of keys, and Q, Qt, dO, O of queries. A predicate makes it zeros.
     """
     for kernel in kernels_for(arch):
         of_keys = kernel.maps + 1
         operands = of_keys if kernel.direction == "forward" else of_keys + kernel.maps + 2
         assert kernel.count("LDGSTS") == {"LDGSTS.E.BYPASS.128": 2 * operands}, kernel
+        assert len(re.findall(r"LDGSTS\S+ \S+, \S+, !?P\d ;", kernel.code)) == 2 * operands, kernel
         assert kernel.count("LDGDEPBAR") and kernel.count("DEPBAR"), kernel
 
 
