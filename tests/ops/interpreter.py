@@ -16,7 +16,7 @@ import numpy as np
 
 
 def hasten() -> None:
-    """Patch the language once a launch, and check nothing; where Triton is as we know it."""
+    """Patch the language once a launch, and check nothing; of Triton 3.6 to 3.9."""
     from triton import language as tl
     from triton.runtime import interpreter
 
