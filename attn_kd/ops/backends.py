@@ -209,7 +209,7 @@ def machine_refusal(name: str, device_type: str, index: int | None) -> str | Non
 
 def triton_widest(device: torch.device) -> int:
     """Return the largest head_dim for which the device's shared memory has room."""
-    return _widest_on(device.type, device.index)
+    return _widest_on(device)
 
 
 # What torch.compiler.assume_constant_result does, but for importing the compiler: torch.compile
@@ -234,10 +234,10 @@ def _machine_lacks(name: str, device_type: str, index: int | None) -> str | None
 
 
 @functools.cache
-def _widest_on(device_type: str, index: int | None) -> int:
-    if device_type != "cuda" or not torch.cuda.is_available():
+def _widest_on(device: torch.device) -> int:
+    if device.type != "cuda" or not torch.cuda.is_available():
         return MAX_HEAD_DIM
-    little = torch.cuda.get_device_capability(index) in _LITTLE_SHARED_MEMORY
+    little = torch.cuda.get_device_capability(device) in _LITTLE_SHARED_MEMORY
     return _LITTLE_SHARED_WIDTH if little else MAX_HEAD_DIM
 
 
