@@ -170,7 +170,9 @@ class MultiheadAttention(TapCarrier, nn.MultiheadAttention):
         if (wants_map or learned_mask) and not carries_tap(self):
             weights = F.dropout(attention_map(query, key, mask), dropout_p)
             return weights @ value, weights if wants_map else None
-        if query.numel() == 0 and not carries_tap(self):  # no image or no query; torch takes those
+        if 0 in (query.numel(), key.numel()) and not carries_tap(self):
+            # No image, no query or no key, which torch takes and the operator does not. A sum over
+            # no keys is 0, as where all keys are hidden.
             output = query @ key.mT @ value
         else:
             output = carried_attention(self, query, key, value, attn_mask=mask, dropout_p=dropout_p)

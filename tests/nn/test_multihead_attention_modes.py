@@ -110,6 +110,28 @@ def test_empty_input_gives_an_empty_output(empty, need_weights):
 
 
 @pytest.mark.parametrize("need_weights", [False, True], ids=["output", "output+map"])
+def test_queries_without_any_key_get_the_bias_of_the_output_alone(need_weights):
+    query, key, value = cross_tokens()
+    tokens = Tokens(query, key[:0], value[:0])
+    layers = both()
+    for layer in layers:
+        torch.nn.init.constant_(layer.out_proj.bias, 0.5)
+    theirs, ours = (run(layer, tokens, need_weights=need_weights) for layer in layers)
+    assert (ours["output"] == 0.5).all() and ours["output"].numel() > 0
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_a_mask_of_no_keys_hides_none():
+    """Where torch raises, without a map."""
+    query, key, value = cross_tokens()
+    _, layer = both()
+    expected = layer(query, key[:0], value[:0])[0]
+    mask = torch.zeros(query.shape[1], 0, dtype=torch.bool)
+    output, _ = layer(query, key[:0], value[:0], key_padding_mask=mask, need_weights=False)
+    assert torch.equal(output, expected)
+
+
+@pytest.mark.parametrize("need_weights", [False, True], ids=["output", "output+map"])
 def test_row_of_finite_lowest_biases_sees_no_key(need_weights):
     _, layer = both(bias=False)
     tokens = cross_tokens()
