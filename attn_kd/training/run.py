@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import wait_for_everyone
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
@@ -216,6 +217,7 @@ class _Run:
             return
         history = history_entries(checkpoint_state(checkpoint).log_history)
         arguments = self._arguments()
+        wait_for_everyone()  # each process has found the checkpoint before the first deletes it
         with arguments.main_process_first(desc="saving the model"):
             if arguments.process_index == 0:
                 write_json(self.folder.path / HISTORY_FILE, history)
