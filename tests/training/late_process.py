@@ -1,7 +1,7 @@
 """Resumes a training in two processes of which one comes late: run by `torchrun`.
 
-`python -m torch.distributed.run --nproc_per_node=2 -m tests.training.late_process DATA OUT` writes a
-line of each process: its rank and the last step of the history that it has read.
+`python -m torch.distributed.run --nproc_per_node=2 -m tests.training.late_process DATA OUT` writes
+a line of each process: its rank and the last step of the history that it has read.
 """
 
 from __future__ import annotations
