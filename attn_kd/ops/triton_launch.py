@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from attn_kd.kernels.triton.backward import backward_keys_kernel, backward_rows_kernel
-from attn_kd.kernels.triton.configurations import Tiling, tiling
+from attn_kd.kernels.triton.configurations import Extras, Tiling, tiling
 from attn_kd.kernels.triton.forward import RowResults, forward_kernel
 from attn_kd.kernels.triton.operands import Mask, Operand, Scales, Student, Teacher
 from attn_kd.kernels.triton.philox import Noise
@@ -131,10 +131,21 @@ def make_variant(
         architecture(),
         facts.sizes["batch_heads"],
         facts.sizes["key_length" if kernel == "backward_keys" else "query_length"],
+        _extras(facts, divergence),
     )
     precision = products_precision() if itemsize == 4 else "ieee"
     reads_teacher = reads_teacher and teacher_dim > 0
     return _variant_of(facts, tile, value_dim, divergence, reads_teacher, precision), tile
+
+
+@functools.lru_cache(maxsize=4096)
+def _extras(facts: Facts, divergence: str) -> Extras:
+    strides = facts.mask_strides
+    return Extras(
+        mask_of_pairs=strides is not None and strides[2] != 0,
+        dropout=facts.dropout_p > 0.0,
+        js=divergence == "js",
+    )
 
 
 @functools.lru_cache(maxsize=4096)
@@ -160,6 +171,7 @@ def _variant_of(
         dropout=facts.dropout_p > 0.0 and value_dim > 0,
         precision=precision,
         rescale_above=tile.rescale_above,
+        last_apart=tile.last_apart,
         interpreted=is_interpreted(),
     )
 

@@ -42,6 +42,7 @@ from attn_kd.kernels.triton.tiles import (
     product,
     teacher_logits,
 )
+from attn_kd.kernels.triton.visible_span import none_if_hidden, visible_span
 
 
 @triton.jit
@@ -89,12 +90,14 @@ def backward_rows_kernel(
     rows = load_constants(state, constants, head, first_row, sizes, V, KEYS_FIRST=False)
     keys = keys_of(student, teacher, mask, b, h, V)
     grad = tl.zeros([V.block_q, V.head_block], tl.float32)
-    whole = key_length // V.block_k * V.block_k
-    for first_key in tl.range(0, whole, V.block_k):
+    begin, end = visible_span(keys.mask, 0, key_length, V)
+    whole = end // V.block_k * V.block_k if V.whole_tiles else end
+    for first_key in tl.range(begin, whole, V.block_k):
         grad = add_keys(
-            grad, block, rows, keys, noise, head, first_row, first_key, sizes, scales, V, True
+            *(grad, block, rows, keys, noise, head, first_row, first_key),
+            *(sizes, scales, V, V.whole_tiles),
         )
-    if whole < key_length:
+    if V.whole_tiles and whole < end:
         grad = add_keys(
             grad, block, rows, keys, noise, head, first_row, whole, sizes, scales, V, False
         )
@@ -292,7 +295,10 @@ def backward_keys_kernel(
     block = load_key_block(keys, first_key, sizes, V)
     grad_k = tl.zeros([V.block_k, V.head_block], tl.float32)
     grad_v = tl.zeros([V.block_k, V.value_block], tl.float32)
-    for first_row in tl.range(0, query_length, V.block_q):
+    rows_end = query_length
+    if V.mask_per_key:
+        rows_end = none_if_hidden(query_length, block.visible)
+    for first_row in tl.range(0, rows_end, V.block_q):
         rows = load_constants(state, constants, head, first_row, sizes, V, KEYS_FIRST=True)
         valid = first_row + tl.arange(0, V.block_q) < query_length
         if V.masked and not V.mask_per_key:

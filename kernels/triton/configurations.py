@@ -20,10 +20,23 @@ class Tiling(NamedTuple):
     # The forward pass rescales its sums where the highest logit of a row grows by more than this,
     # in powers of 2; 0: whenever it grows (kernels/triton/forward.py).
     rescale_above: int = 0
+    # The last tile of keys, where not all of them exist, is computed apart, so that the others need
+    # no mask; of calls with a mask never.
+    last_apart: bool = False
 
+
+class Extras(NamedTuple):
+    """What a variant computes beside what all do: each takes registers."""
+
+    mask_of_pairs: bool = False
+    dropout: bool = False
+    js: bool = False
+
+
+PLAIN = Extras()
 
 # Where Triton interprets: large tiles, since an operation takes as long on a small one.
-INTERPRETED = Tiling(128, 128, 4, 1)
+INTERPRETED = Tiling(128, 128, 4, 1, last_apart=True)
 
 WIDTHS = (32, 64, 128, 256)  # classes of the widest of D, Dv and Dt
 KERNELS = (
@@ -42,41 +55,50 @@ _MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 # What the programs of a kernel share out between them.
 _SHARED_OUT = {"forward": "block_q", "backward_rows": "block_q", "backward_keys": "block_k"}
 
+# Along which a program of a kernel goes, a block at a time.
+_PASSED_BY = {
+    "forward": "block_k",
+    "backward_keys": "block_q",
+    "backward_rows": "block_k",
+    "two_pass_backward_keys": "block_q",
+    "two_pass_backward_rows": "block_k",
+}
+
 # By kernel and class of width, for operands of 16 bits.
 _HALF = {
     ("forward", 32): Tiling(128, 32, 8, 3),
     ("forward", 64): Tiling(128, 32, 8, 3),
-    ("forward", 128): Tiling(64, 64, 8, 2),
+    ("forward", 128): Tiling(128, 32, 8, 2),
     ("forward", 256): Tiling(64, 32, 8, 2),
     ("backward_keys", 32): Tiling(32, 128, 8, 2),
     ("backward_keys", 64): Tiling(32, 128, 8, 2),
-    ("backward_keys", 128): Tiling(32, 64, 8, 2),
+    ("backward_keys", 128): Tiling(16, 64, 4, 2),
     ("backward_keys", 256): Tiling(32, 32, 8, 1),
-    ("backward_rows", 32): Tiling(128, 32, 8, 2),
+    ("backward_rows", 32): Tiling(128, 32, 8, 3),
     ("backward_rows", 64): Tiling(128, 32, 8, 2),
-    ("backward_rows", 128): Tiling(64, 32, 8, 2),
+    ("backward_rows", 128): Tiling(64, 32, 4, 2),
     ("backward_rows", 256): Tiling(32, 32, 8, 1),
     ("group_slopes", 32): Tiling(128, 64, 8, 2),
-    ("group_slopes", 64): Tiling(64, 64, 8, 2),
-    ("group_slopes", 128): Tiling(64, 32, 8, 2),
+    ("group_slopes", 64): Tiling(64, 64, 4, 2),
+    ("group_slopes", 128): Tiling(64, 32, 4, 2),
     ("group_slopes", 256): Tiling(32, 32, 8, 1),
     ("two_pass_forward", 32): Tiling(64, 64, 4, 2),
     ("two_pass_forward", 64): Tiling(64, 64, 4, 2),
-    ("two_pass_forward", 128): Tiling(64, 32, 8, 2),
+    ("two_pass_forward", 128): Tiling(64, 32, 4, 2),
     ("two_pass_forward", 256): Tiling(32, 32, 8, 1),
-    ("two_pass_backward_keys", 32): Tiling(32, 64, 8, 2),
-    ("two_pass_backward_keys", 64): Tiling(32, 64, 8, 2),
-    ("two_pass_backward_keys", 128): Tiling(32, 64, 8, 2),
+    ("two_pass_backward_keys", 32): Tiling(32, 64, 4, 2),
+    ("two_pass_backward_keys", 64): Tiling(16, 64, 4, 2),
+    ("two_pass_backward_keys", 128): Tiling(16, 64, 4, 2),
     ("two_pass_backward_keys", 256): Tiling(32, 32, 8, 1),
     ("two_pass_backward_rows", 32): Tiling(64, 32, 4, 2),
     ("two_pass_backward_rows", 64): Tiling(64, 32, 4, 2),
-    ("two_pass_backward_rows", 128): Tiling(64, 32, 8, 2),
+    ("two_pass_backward_rows", 128): Tiling(64, 32, 4, 2),
     ("two_pass_backward_rows", 256): Tiling(32, 32, 8, 1),
 }
 
 # The same where any operand is float32. Not tuned: no tensor core computes IEEE products, and
-# Triton unrolls them over the whole width with the operands in registers, so that these kernels
-# spill (forward and backward_rows at a width of 32 some bytes, of 64 a kilobyte, wider ones more).
+# Triton unrolls them over the whole width with the operands in registers, so that some of these
+# kernels spill (bench/results/kernel-resources.md).
 _FLOAT = {
     ("forward", 32): Tiling(32, 32, 8, 1),
     ("forward", 64): Tiling(16, 32, 8, 1),
@@ -110,7 +132,13 @@ _FLOAT = {
 
 
 def tiling(
-    kernel: str, widest: int, itemsize: int, architecture: int, heads: int, length: int
+    kernel: str,
+    widest: int,
+    itemsize: int,
+    architecture: int,
+    heads: int,
+    length: int,
+    extras: Extras = PLAIN,
 ) -> Tiling:
     """Return the tiling of a kernel.
 
@@ -121,12 +149,35 @@ def tiling(
         architecture: 80, 90, 100 and so on; 0 for Triton's interpreter.
         heads: B * H.
         length: of what the programs of a head share out: Lq, or Lk for the gradients of keys.
+        extras: what the variant computes besides.
     """
     if architecture == 0:
         return INTERPRETED
     width = next(width for width in WIDTHS if widest <= width)
     chosen = (_HALF if itemsize == 2 else _FLOAT)[kernel, width]
+    if itemsize == 2:
+        chosen = _with_fewer_registers(chosen, kernel, width, architecture, extras)
+    if itemsize == 2 and architecture in (90, 100) and kernel in ("forward", "backward_rows"):
+        # Elsewhere rows that two products read stay in registers meanwhile: on sm_80 the forward pass
+        # at a width of 32 takes 161 of them so, and half of the resident warps, and else 128.
+        chosen = chosen._replace(last_apart=True)
     return _with_more_programs(chosen, kernel, architecture, heads, length)
+
+
+def _with_fewer_registers(
+    chosen: Tiling, kernel: str, width: int, architecture: int, extras: Extras
+) -> Tiling:
+    """Half as many keys (or queries) at a time where their products would not fit the registers.
+
+    That is where tensor cores take every operand from registers: sm_80, and consumer GPUs.
+    """
+    heavy = width >= 128 or (width == 64 and (extras.mask_of_pairs or extras.js))
+    axis = _PASSED_BY.get(kernel)
+    if architecture in (90, 100) or not heavy or axis is None:
+        return chosen
+    if kernel == "backward_keys" and extras.mask_of_pairs and extras.dropout:
+        chosen = chosen._replace(num_stages=1)
+    return chosen._replace(**{axis: max(16, getattr(chosen, axis) // 2)})
 
 
 def _with_more_programs(

@@ -46,6 +46,7 @@ from attn_kd.kernels.triton.tiles import (
     pair_logits,
     teacher_logits,
 )
+from attn_kd.kernels.triton.visible_span import visible_span
 
 
 class RowResults(NamedTuple):
@@ -268,11 +269,12 @@ def forward_kernel(
     rows = load_row_block(student, teacher, b, h, head, first_row, at, valid, V)
     keys = keys_of(student, teacher, mask, b, h, V)
     sums = no_sums(V)
-    whole = sizes.key_length // V.block_k * V.block_k
-    for first_key in tl.range(0, whole, V.block_k):
-        sums = add_tile(sums, rows, keys, noise, first_key, sizes, scales, V, WHOLE=True)
-    if whole < sizes.key_length:
-        sums = add_tile(sums, rows, keys, noise, whole, sizes, scales, V, WHOLE=False)
+    begin, end = visible_span(keys.mask, 0, key_length, V)
+    whole = end // V.block_k * V.block_k if V.whole_tiles else end
+    for first_key in tl.range(begin, whole, V.block_k):
+        sums = add_tile(sums, rows, keys, noise, first_key, sizes, scales, V, V.whole_tiles)
+    if V.whole_tiles and whole < end:
+        sums = add_tile(sums, rows, keys, noise, whole, sizes, scales, V, False)
 
     factor = store_row_results(results, sums, teacher, at, valid, sizes, V)
     if V.value_dim > 0:

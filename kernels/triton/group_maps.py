@@ -40,7 +40,7 @@ from attn_kd.kernels.triton.operands import (
     load_rows,
 )
 from attn_kd.kernels.triton.separable import slope, value
-from attn_kd.kernels.triton.tiles import MASKED
+from attn_kd.kernels.triton.tiles import MASKED, load_mask
 
 # What changes between calls of one shape class and windows of one call.
 UNSPECIALIZED = (
@@ -85,16 +85,29 @@ class Average(NamedTuple):
 
 
 @triton.jit
-def window_tile(window, entry, row, column, V: tl.constexpr, KEYS_FIRST: tl.constexpr):
-    """Pointers to the window's tile [block_q, block_k] at (row, column), or to it transposed."""
-    start = window.data + tl.cast(entry, tl.int64) * window.entry_stride
-    start += tl.cast(row, tl.int64) * window.row_stride + column
+def window_tile(window, b, first_row, first_key, V: tl.constexpr, KEYS_FIRST: tl.constexpr):
+    """Pointers to a tile [block_q, block_k] of batch entry b, or to it transposed."""
+    start = window.data + tl.cast(b - window.batch, tl.int64) * window.entry_stride
+    start += tl.cast(first_row - window.query, tl.int64) * window.row_stride
+    start += first_key - window.key
     rows, keys = tl.arange(0, V.block_q), tl.arange(0, V.block_k)
     if KEYS_FIRST:
         at = rows[None, :] * window.row_stride + keys[:, None]
     else:
         at = rows[:, None] * window.row_stride + keys[None, :]
     return start + at
+
+
+@triton.jit
+def place_in(window, heads, first, length, BLOCK: tl.constexpr):
+    """Batch entry, head and block of a program; those of a head are next to each other.
+
+    Blocks divide `length` queries or keys from `first` on.
+    """
+    blocks = tl.cdiv(length, BLOCK)
+    entry_and_head = tl.program_id(0) // blocks
+    b, h = window.batch + entry_and_head // heads, entry_and_head % heads
+    return b, h, first + tl.program_id(0) % blocks * BLOCK
 
 
 @triton.jit
@@ -160,6 +173,17 @@ def teacher_average(
     return average.highest + tl.log2(average.mass / heads)
 
 
+@triton.jit
+def shows_a_key(student, teacher, mask, b, first_key, sizes, V: tl.constexpr):
+    """Whether any head sees one of the tile's keys, by a mask per key."""
+    shown = tl.full([], 0, tl.int32)
+    for h in tl.range(0, tl.where(mask.head_stride == 0, 1, sizes.heads)):
+        keys = keys_of(student, teacher, mask, b, h, V)
+        visible, _ = load_mask(keys.mask, 0, first_key, sizes, V, WHOLE=False)
+        shown = tl.maximum(shown, tl.max(visible.to(tl.int32)))
+    return shown > 0
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def group_slopes_kernel(
     student: Student,
@@ -193,16 +217,24 @@ def group_slopes_kernel(
     row = tl.program_id(0) // key_blocks % query_blocks * V.block_q
     entry = tl.program_id(0) // key_blocks // query_blocks
     b, first_row, first_key = batch + entry, query + row, key + column
-    log_a = student_average(
-        *(student, teacher, mask, state),
-        *(b, first_row, first_key, sizes, scales.student, V),
-    )
-    log_b = teacher_average(
-        *(student, teacher, mask, teacher_lse_rest, teacher_heads),
-        *(b, first_row, first_key, sizes, scales.teacher, V),
-    )
-    tl.store(window_tile(window, entry, row, column, V, False), slope(log_a, log_b, V))
+    slopes_tile = tl.zeros([V.block_q, V.block_k], tl.float32)
+    part = tl.zeros([V.block_q], tl.float32)
+    shown = True
+    if V.mask_per_key:
+        shown = shows_a_key(student, teacher, mask, b, first_key, sizes, V)
+    if shown:
+        log_a = student_average(
+            *(student, teacher, mask, state),
+            *(b, first_row, first_key, sizes, scales.student, V),
+        )
+        log_b = teacher_average(
+            *(student, teacher, mask, teacher_lse_rest, teacher_heads),
+            *(b, first_row, first_key, sizes, scales.teacher, V),
+        )
+        slopes_tile = slope(log_a, log_b, V)
+        if kl_parts is not None:
+            part = tl.sum(value(log_a, log_b, V), 1)
+    tl.store(window_tile(window, b, first_row, first_key, V, False), slopes_tile)
     if kl_parts is not None:
-        part = tl.cast(entry, tl.int64) * part_count + column // V.block_k
-        at = kl_parts + part * queries + row + tl.arange(0, V.block_q)
-        tl.store(at, tl.sum(value(log_a, log_b, V), 1))
+        parts = kl_parts + (tl.cast(entry, tl.int64) * part_count + column // V.block_k) * queries
+        tl.store(parts + row + tl.arange(0, V.block_q), part)

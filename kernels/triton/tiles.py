@@ -17,6 +17,22 @@ HIDDEN_BIAS = tl.constexpr(-1e6)
 
 
 @triton.jit
+def read_mask(at, exists):
+    """Which of the pairs at those pointers are visible, and their base-2 biases (0 of bool masks).
+
+    Pairs that do not exist are hidden.
+    """
+    bias = tl.zeros([1, 1], tl.float32)
+    if at.dtype.element_ty == tl.uint8:
+        visible = tl.load(at, mask=exists, other=0) != 0
+    else:
+        natural = tl.load(at, mask=exists, other=-float("inf")).to(tl.float32)
+        visible = (natural <= HIDDEN_BIAS) == 0  # in this form NaN stays visible
+        bias = natural * LOG2E
+    return visible, bias
+
+
+@triton.jit
 def load_mask(mask, first_row, first_key, sizes, V: tl.constexpr, WHOLE: tl.constexpr):
     """Which pairs of a tile are visible, and their base-2 biases (0 of bool masks).
 
@@ -35,12 +51,7 @@ def load_mask(mask, first_row, first_key, sizes, V: tl.constexpr, WHOLE: tl.cons
         exists = (first_row + rows < sizes.query_length)[:, None] & (
             first_key + keys < sizes.key_length
         )[None, :]
-        if mask.data.dtype.element_ty == tl.uint8:
-            visible = tl.load(at, mask=exists, other=0) != 0
-        else:
-            natural = tl.load(at, mask=exists, other=-float("inf")).to(tl.float32)
-            visible = (natural <= HIDDEN_BIAS) == 0  # in this form NaN stays visible
-            bias = natural * LOG2E
+        visible, bias = read_mask(at, exists)
     elif WHOLE:
         visible = tl.full([1, 1], True, tl.int1)
     else:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from attn_kd.kernels.triton.group_maps import UNSPECIALIZED, Window, window_tile
+from attn_kd.kernels.triton.group_maps import UNSPECIALIZED, Window, place_in, window_tile
 from attn_kd.kernels.triton.known_maps import (
     StudentRows,
     TeacherRows,
@@ -42,11 +42,13 @@ from attn_kd.kernels.triton.operands import (
 from attn_kd.kernels.triton.philox import Noise, kept_pairs
 from attn_kd.kernels.triton.separable import slope, weighted_slope
 from attn_kd.kernels.triton.tiles import add_product, product
+from attn_kd.kernels.triton.visible_span import none_if_hidden, visible_span
 
 
 class GradientRows(NamedTuple):
     """A block of one head's query rows, and what arrives at them."""
 
+    b: Any
     head: Any  # b * H + h
     first: Any
     student: StudentRows
@@ -59,6 +61,7 @@ class KeyBlock(NamedTuple):
     """A block of one head's keys."""
 
     first: Any
+    seen: Any  # [block_k] bool, as `seen_keys` has them
     key: Any  # [block_k, head_block], zeros where none may be seen
     value: Any  # [block_k, value_block], likewise
 
@@ -100,15 +103,34 @@ def load_gradient_rows(
         group = tl.cast(b, tl.int64)
     factor = tl.load(grad_kl + group * sizes.query_length + rows, mask=seeing, other=0.0)
     factor = factor * kl_share
-    return GradientRows(head, first_row, known, teacher_rows, grad, factor)
+    return GradientRows(b, head, first_row, known, teacher_rows, grad, factor)
+
+
+@triton.jit
+def load_key_block(keys, first_key, sizes, V: tl.constexpr):
+    """The block of keys from first_key on."""
+    seen = seen_keys(keys.mask, first_key, sizes, V)
+    key = load_rows(keys.key, first_key, seen, V.head_dim, V.block_k, V.head_block, False)
+    value = key
+    if V.value_dim > 0:
+        value = load_rows(keys.value, first_key, seen, V.value_dim, V.block_k, V.value_block, False)
+    return KeyBlock(first_key, seen, key, value)
 
 
 @triton.jit
 def pair_gradients(
-    rows, offset, block, keys, window, noise, entry, row, column, sizes, scales,
-    V: tl.constexpr, KEYS_FIRST: tl.constexpr,
-):  # fmt: skip
-    """A tile's dS, and what of the map reached the output; row, column count within the window."""
+    rows,
+    offset,
+    block,
+    keys,
+    window,
+    noise,
+    sizes,
+    scales,
+    V: tl.constexpr,
+    KEYS_FIRST: tl.constexpr,
+):
+    """A tile's dS, and what of the map reached the output."""
     visible, bias = load_pair_mask(keys.mask, rows.first, block.first, sizes, V, KEYS_FIRST)
     a, log_a = student_map(rows.student, block.key, visible, bias, scales.student, V, KEYS_FIRST)
     if window.data is None:
@@ -118,7 +140,7 @@ def pair_gradients(
         )
         slopes = slope(log_a, log_b, V)
     else:
-        slopes = tl.load(window_tile(window, entry, row, column, V, KEYS_FIRST))
+        slopes = tl.load(window_tile(window, rows.b, rows.first, block.first, V, KEYS_FIRST))
     grad = along_rows(rows.factor, KEYS_FIRST) * weighted_slope(a, log_a, slopes, V)
     grad_probability = along_rows(offset, KEYS_FIRST)
     kept = a
@@ -135,6 +157,26 @@ def pair_gradients(
             kept = tl.where(keeps, a * noise.keep_factor, 0.0)
         grad_probability = through_output + grad_probability
     return grad + a * grad_probability, kept
+
+
+@triton.jit
+def load_offset(rows, output, grad_lse, state, sizes, h, V: tl.constexpr):
+    """What of dS / a no key changes, [block_q]."""
+    row = rows.first + tl.arange(0, V.block_q)
+    valid = row < sizes.query_length
+    at = rows.head * sizes.query_length + row
+    plane = tl.cast(sizes.batch_heads, tl.int64) * sizes.query_length
+    offset = -rows.factor * tl.load(state + 2 * plane + at, mask=valid, other=0.0)
+    if grad_lse is not None:
+        seeing = valid & (rows.student.inverse_sum != 0.0)
+        offset += tl.load(grad_lse + at, mask=seeing, other=0.0)
+    if V.value_dim > 0:
+        result = load_rows(
+            *(head_of(output, rows.b, h), rows.first, valid),
+            *(V.value_dim, V.block_q, V.value_block, False),
+        )
+        offset -= tl.sum(rows.grad_output.to(tl.float32) * result.to(tl.float32), 1)
+    return offset
 
 
 @triton.jit
@@ -186,47 +228,25 @@ def two_pass_backward_rows_kernel(
     """Grid: the window's query blocks of one head, then those of the next."""
     window = Window(slopes, row_stride, entry_stride, batch, query, queries, key, keys)
     sizes = Sizes(batch_heads, heads, query_length, key_length)
-    row_blocks = tl.cdiv(queries, V.block_q)
-    row = tl.program_id(0) % row_blocks * V.block_q
-    entry, h = tl.program_id(0) // row_blocks // heads, tl.program_id(0) // row_blocks % heads
-    b, first_row = batch + entry, query + row
+    b, h, first_row = place_in(window, heads, query, queries, V.block_q)
     rows = load_gradient_rows(
         *(student, teacher, state, window, grad_output, grad_kl, kl_share),
         *(b, h, first_row, sizes, V),
     )
     valid = first_row + tl.arange(0, V.block_q) < query_length
-    seeing = valid & (rows.student.inverse_sum != 0.0)
+    offset = load_offset(rows, output, grad_lse, state, sizes, h, V)
     at = rows.head * query_length + first_row + tl.arange(0, V.block_q)
-    plane = tl.cast(batch_heads, tl.int64) * query_length
-    offset = -rows.factor * tl.load(state + 2 * plane + at, mask=valid, other=0.0)
-    if grad_lse is not None:
-        offset += tl.load(grad_lse + at, mask=seeing, other=0.0)
-    if V.value_dim > 0:
-        result = load_rows(
-            *(head_of(output, b, h), first_row, valid, V.value_dim, V.block_q, V.value_block, False)
-        )
-        offset -= tl.sum(rows.grad_output.to(tl.float32) * result.to(tl.float32), 1)
     tl.store(offsets + at, offset, mask=valid)
 
     head_keys = keys_of(student, teacher, mask, b, h, V)
     total = tl.zeros([V.block_q, V.head_block], tl.float32)
-    for column in tl.range(0, keys, V.block_k):
-        first_key = key + column
-        seen = seen_keys(head_keys.mask, first_key, sizes, V)
-        key_rows = load_rows(
-            head_keys.key, first_key, seen, V.head_dim, V.block_k, V.head_block, False
-        )
-        value_rows = key_rows
-        if V.value_dim > 0:
-            value_rows = load_rows(
-                head_keys.value, first_key, seen, V.value_dim, V.block_k, V.value_block, False
-            )
-        block = KeyBlock(first_key, key_rows, value_rows)
+    begin, end = visible_span(head_keys.mask, key, key + keys, V)
+    for first_key in tl.range(begin, end, V.block_k):
+        block = load_key_block(head_keys, first_key, sizes, V)
         grad, _ = pair_gradients(
-            *(rows, offset, block, head_keys, window, noise, entry, row, column),
-            *(sizes, scales, V, False),
+            rows, offset, block, head_keys, window, noise, sizes, scales, V, False
         )
-        total = add_product(total, grad.to(key_rows.dtype), key_rows, V)
+        total = add_product(total, grad.to(block.key.dtype), block.key, V)
     # Where a row sees no key, what NaN in keys made of its sum is not its gradient.
     total = tl.where(rows.student.inverse_sum[:, None] != 0.0, total * scales.gradient, 0.0)
     add_rows(
@@ -266,22 +286,15 @@ def two_pass_backward_keys_kernel(
     """Grid: the window's key blocks of one head, then those of the next."""
     window = Window(slopes, row_stride, entry_stride, batch, query, queries, key, keys)
     sizes = Sizes(batch_heads, heads, query_length, key_length)
-    key_blocks = tl.cdiv(keys, V.block_k)
-    column = tl.program_id(0) % key_blocks * V.block_k
-    entry, h = tl.program_id(0) // key_blocks // heads, tl.program_id(0) // key_blocks % heads
-    b, first_key = batch + entry, key + column
+    b, h, first_key = place_in(window, heads, key, keys, V.block_k)
     head_keys = keys_of(student, teacher, mask, b, h, V)
-    seen = seen_keys(head_keys.mask, first_key, sizes, V)
-    key_rows = load_rows(head_keys.key, first_key, seen, V.head_dim, V.block_k, V.head_block, False)
-    value_rows = key_rows
-    if V.value_dim > 0:
-        value_rows = load_rows(
-            head_keys.value, first_key, seen, V.value_dim, V.block_k, V.value_block, False
-        )
-    block = KeyBlock(first_key, key_rows, value_rows)
+    block = load_key_block(head_keys, first_key, sizes, V)
+    rows_end = queries
+    if V.mask_per_key:
+        rows_end = none_if_hidden(queries, block.seen)
     total = tl.zeros([V.block_k, V.head_block], tl.float32)
     value_total = tl.zeros([V.block_k, V.value_block], tl.float32)
-    for row in tl.range(0, queries, V.block_q):
+    for row in tl.range(0, rows_end, V.block_q):
         rows = load_gradient_rows(
             *(student, teacher, state, window, grad_output, grad_kl, kl_share),
             *(b, h, query + row, sizes, V),
@@ -289,15 +302,14 @@ def two_pass_backward_keys_kernel(
         at = query + row + tl.arange(0, V.block_q)
         offset = tl.load(offsets + rows.head * query_length + at, mask=at < query_length, other=0.0)
         grad, kept = pair_gradients(
-            *(rows, offset, block, head_keys, window, noise, entry, row, column),
-            *(sizes, scales, V, True),
+            rows, offset, block, head_keys, window, noise, sizes, scales, V, True
         )
-        total = add_product(total, grad.to(key_rows.dtype), rows.student.query, V)
+        total = add_product(total, grad.to(block.key.dtype), rows.student.query, V)
         if V.value_dim > 0:
-            value_total = add_product(value_total, kept.to(value_rows.dtype), rows.grad_output, V)
+            value_total = add_product(value_total, kept.to(block.value.dtype), rows.grad_output, V)
     # Nor is what NaN in rows made of the sums of keys that no row sees.
-    total = tl.where(seen[:, None], total * scales.gradient, 0.0)
-    value_total = tl.where(seen[:, None], value_total, 0.0)
+    total = tl.where(block.seen[:, None], total * scales.gradient, 0.0)
+    value_total = tl.where(block.seen[:, None], value_total, 0.0)
     exist = first_key + tl.arange(0, V.block_k) < key_length
     add_rows(
         *(head_of(grad_key, b, h), first_key, exist, total, query > 0),

@@ -9,10 +9,12 @@ are the sum of these, which the first head's programs take, and each head's corr
 window by window, each of a row's adding to what those before have stored.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from attn_kd.kernels.triton.group_maps import UNSPECIALIZED, Window, window_tile
+from attn_kd.kernels.triton.group_maps import UNSPECIALIZED, Window, place_in, window_tile
 from attn_kd.kernels.triton.known_maps import (
     load_pair_mask,
     load_student_rows,
@@ -30,6 +32,36 @@ from attn_kd.kernels.triton.operands import (
     load_rows,
 )
 from attn_kd.kernels.triton.separable import slope, value, weighted_slope
+from attn_kd.kernels.triton.visible_span import visible_span
+
+
+class MapSums(NamedTuple):
+    """The running sums of query rows, [block_q] each."""
+
+    divergence: Any  # of single heads
+    correction: Any
+
+
+@triton.jit
+def add_tile(
+    sums, rows, teacher_rows, keys, window, b, first_row, first_key, sizes, scales, V: tl.constexpr
+):
+    """The sums with block_k keys more."""
+    exist = first_key + tl.arange(0, V.block_k) < sizes.key_length
+    visible, bias = load_pair_mask(keys.mask, first_row, first_key, sizes, V, False)
+    key = load_rows(keys.key, first_key, exist, V.head_dim, V.block_k, V.head_block, False)
+    a, log_a = student_map(rows, key, visible, bias, scales.student, V, False)
+    divergence = sums.divergence
+    if window.data is None:
+        log_b = teacher_log_map(
+            *(teacher_rows, keys.teacher_key, first_key, visible, bias),
+            *(sizes, scales.teacher, V, False),
+        )
+        divergence += tl.sum(value(log_a, log_b, V), 1)
+        slopes = slope(log_a, log_b, V)
+    else:
+        slopes = tl.load(window_tile(window, b, first_row, first_key, V, False))
+    return MapSums(divergence, sums.correction + tl.sum(weighted_slope(a, log_a, slopes, V), 1))
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -61,10 +93,7 @@ def two_pass_forward_kernel(
     """Grid: the window's query blocks of one head, then those of the next."""
     window = Window(slopes, row_stride, entry_stride, batch, query, queries, key, keys)
     sizes = Sizes(batch_heads, heads, query_length, key_length)
-    row_blocks = tl.cdiv(queries, V.block_q)
-    row = tl.program_id(0) % row_blocks * V.block_q
-    entry, h = tl.program_id(0) // row_blocks // heads, tl.program_id(0) // row_blocks % heads
-    b, first_row = batch + entry, query + row
+    b, h, first_row = place_in(window, heads, query, queries, V.block_q)
     rows = first_row + tl.arange(0, V.block_q)
     valid = rows < query_length
     at = (tl.cast(b, tl.int64) * heads + h) * query_length + rows
@@ -72,6 +101,7 @@ def two_pass_forward_kernel(
     known = load_student_rows(student, state, b, h, first_row, valid, sizes, V)
     head_keys = keys_of(student, teacher, mask, b, h, V)
 
+    teacher_rows = known
     divergence = tl.zeros([V.block_q], tl.float32)
     correction = tl.zeros([V.block_q], tl.float32)
     if slopes is None:
@@ -80,32 +110,23 @@ def two_pass_forward_kernel(
         )
     elif key > 0:
         correction = tl.load(correction_at, mask=valid, other=0.0)
-    for column in tl.range(0, keys, V.block_k):
-        first_key = key + column
-        exist = first_key + tl.arange(0, V.block_k) < key_length
-        visible, bias = load_pair_mask(head_keys.mask, first_row, first_key, sizes, V, False)
-        key_rows = load_rows(
-            head_keys.key, first_key, exist, V.head_dim, V.block_k, V.head_block, False
+    sums = MapSums(divergence, correction)
+    begin, end = visible_span(head_keys.mask, key, key + keys, V)
+    for first_key in tl.range(begin, end, V.block_k):
+        sums = add_tile(
+            *(sums, known, teacher_rows, head_keys, window),
+            *(b, first_row, first_key, sizes, scales, V),
         )
-        a, log_a = student_map(known, key_rows, visible, bias, scales.student, V, False)
-        if slopes is None:
-            log_b = teacher_log_map(
-                *(teacher_rows, head_keys.teacher_key, first_key, visible, bias),
-                *(sizes, scales.teacher, V, False),
-            )
-            divergence += tl.sum(value(log_a, log_b, V), 1)
-            slope_tile = slope(log_a, log_b, V)
-        else:
-            slope_tile = tl.load(window_tile(window, entry, row, column, V, False))
-        correction += tl.sum(weighted_slope(a, log_a, slope_tile, V), 1)
-    tl.store(correction_at, correction, mask=valid)
+    tl.store(correction_at, sums.correction, mask=valid)
+    divergence = sums.divergence
     if kl_parts is None:
         tl.store(kl + at, divergence, mask=valid)
     elif h == 0:
         kl_at = kl + tl.cast(b, tl.int64) * query_length + rows
         if key > 0:
             divergence = tl.load(kl_at, mask=valid, other=0.0)
-        parts = kl_parts + tl.cast(entry, tl.int64) * part_count * part_rows + row
+        parts = kl_parts + tl.cast(b - batch, tl.int64) * part_count * part_rows
+        parts += first_row - query
         for part in tl.range(0, part_count):
             parts_at = parts + part * part_rows + tl.arange(0, V.block_q)
             divergence += tl.load(parts_at, mask=valid, other=0.0)

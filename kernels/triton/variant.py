@@ -32,6 +32,7 @@ class Variant:
     dropout: bool = False
     precision: str = "ieee"  # of products of float32: "ieee" or "tf32"
     rescale_above: int = 0  # see configurations.py
+    last_apart: bool = False  # likewise
     interpreted: bool = False
 
     def __post_init__(self) -> None:
@@ -49,6 +50,11 @@ class Variant:
     def teacher_probability(self) -> tl.constexpr:
         """Whether the divergence's terms weigh by it, which costs an exponential a pair."""
         return tl.constexpr(self.divergence.value == "forward_kl")
+
+    @property
+    def whole_tiles(self) -> tl.constexpr:
+        """Whether tiles of which all keys exist go without a mask, and the last one is apart."""
+        return tl.constexpr(self.last_apart.value and not self.masked.value)
 
     @property
     def head_block(self) -> tl.constexpr:
