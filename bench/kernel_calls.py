@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 from unittest import mock
 
@@ -12,7 +13,14 @@ import torch
 from torch import Tensor
 
 from attn_kd.kernels.triton import configurations
-from attn_kd.kernels.triton.configurations import KERNELS, WIDTHS, Tiling, tiling
+from attn_kd.kernels.triton.configurations import (
+    KERNELS,
+    PLAIN,
+    WIDTHS,
+    Extras,
+    Tiling,
+    tiling,
+)
 from attn_kd.ops import triton_operator
 from bench.cubins import ARCHITECTURES
 
@@ -43,6 +51,28 @@ class KernelCall:
     def tuned(self) -> bool:
         """Whether the tilings are meant to be fast; these may not spill."""
         return self.head_dim in TUNED_WIDTHS and self.dtype.itemsize == 2
+
+    @property
+    def two_pass(self) -> bool:
+        """Whether it takes the kernels of two passes, after the forward one."""
+        return self.head_reduction == "mean" or self.divergence in ("js", "mse")
+
+    def tilings(self, arch: int) -> set[tuple[str, int, int, Tiling]]:
+        """The tilings of its kernels, with what they are found by: kernel, width, itemsize."""
+        kernels = [
+            kernel
+            for kernel in KERNELS
+            if kernel == "forward" or _is_of_two_passes(kernel) == self.two_pass
+        ]
+        if self.head_reduction == "none" and self.two_pass:
+            kernels.remove("group_slopes")
+        pairs, dropout = self.mask == "pairs", self.dropout_p > 0
+        found = set()
+        for kernel in kernels:
+            extras = Extras(pairs, dropout, self.divergence == "js" and _is_of_two_passes(kernel))
+            tile = tile_of(kernel, self.head_dim, self.dtype, arch, self.heads, extras)
+            found.add((kernel, self.head_dim, self.dtype.itemsize, tile))
+        return found
 
     def run(self) -> None:
         """Launch the kernels of both passes."""
@@ -99,31 +129,26 @@ def entry_replaced(kernel: str, width: int, dtype: torch.dtype, tile: Tiling) ->
         yield
 
 
-def tile_of(kernel: str, width: int, dtype: torch.dtype, arch: int, heads: int) -> Tiling:
+def tile_of(
+    kernel: str,
+    width: int,
+    dtype: torch.dtype,
+    arch: int,
+    heads: int,
+    extras: Extras = PLAIN,
+) -> Tiling:
     """The tiling of a kernel in a call with so many heads of that width."""
-    return tiling(kernel, width, dtype.itemsize, arch, heads, TOKENS)
+    return tiling(kernel, width, dtype.itemsize, arch, heads, TOKENS, extras)
 
 
-def calls_of_the_tables() -> dict[str, KernelCall]:
-    """Calls that launch every kernel in every tiling that the tables give for TOKENS."""
-    calls = {}
-    for dtype in DTYPES:
-        for width in WIDTHS:
-            name = f"head_dim {width}" if dtype.itemsize == 2 else f"float32, head_dim {width}"
-            calls[name] = KernelCall(width, dtype)
-            calls[f"{name}, head mean"] = KernelCall(width, dtype, head_reduction="mean")
-            if any(
-                tile_of(kernel, width, dtype, arch, HEADS)
-                != tile_of(kernel, width, dtype, arch, FEW_HEADS)
-                for kernel in KERNELS
-                for arch in ARCHITECTURES
-            ):
-                calls[f"{name}, few rows"] = KernelCall(width, dtype, heads=FEW_HEADS)
-    return calls
+def _is_of_two_passes(kernel: str) -> bool:
+    return kernel.startswith(("two_pass", "group"))
 
 
 # What a call may ask for besides, and kernels are compiled for.
 FORMS: dict[str, dict[str, Any]] = {
+    "": {},
+    "head mean": {"head_reduction": "mean"},
     "teacher's LSE computed": {"teacher_lse": False},
     "key padding": {"mask": "keys"},
     "key padding, dropout": {"mask": "keys", "dropout_p": 0.1},
@@ -134,15 +159,42 @@ FORMS: dict[str, dict[str, Any]] = {
     "attention": {"teacher": False},
     "divergence alone": {"value": False},
     "js": {"divergence": "js"},
+    "js, mask of pairs, dropout": {"divergence": "js", "mask": "pairs", "dropout_p": 0.1},
     "mse": {"divergence": "mse"},
     "head mean, js": {"head_reduction": "mean", "divergence": "js"},
+    "head mean, mask of pairs": {"head_reduction": "mean", "mask": "pairs"},
     "rescaled above 2^8": {"rescale_above": 8},
     "float16": {"dtype": torch.float16},
 }
-OF_THE_TABLES = calls_of_the_tables()
-OF_THE_FORMS = {
-    f"head_dim {width}, {form}": KernelCall(width, **asked)
-    for width in TUNED_WIDTHS
-    for form, asked in FORMS.items()
+
+
+def _all_calls() -> dict[str, KernelCall]:
+    """Every form of call in every width, with many and with few rows."""
+    calls = {}
+    for dtype, width, form, heads in product(DTYPES, WIDTHS, FORMS, (HEADS, FEW_HEADS)):
+        head_dim = f"head_dim {width}" if dtype.itemsize == 2 else f"float32, head_dim {width}"
+        name = ", ".join(filter(None, (head_dim, form, "few rows" * (heads == FEW_HEADS))))
+        facts = {"head_dim": width, "dtype": dtype, "heads": heads}
+        calls[name] = KernelCall(**facts | FORMS[form])
+    return calls
+
+
+def _with_new_tilings(calls: dict[str, KernelCall], arch: int) -> set[str]:
+    """The calls that have a tiling which none before them has."""
+    chosen, seen = set(), set()
+    for name, call in calls.items():
+        if call.tilings(arch) - seen:
+            chosen.add(name)
+            seen |= call.tilings(arch)
+    return chosen
+
+
+# By architecture: between them they have every tiling.
+FOR_THE_TILINGS = {arch: _with_new_tilings(_all_calls(), arch) for arch in ARCHITECTURES}
+# These, and of the tuned widths every form.
+CALLS = {
+    name: call
+    for name, call in _all_calls().items()
+    if (call.tuned and call.heads == HEADS)
+    or any(name in names for names in FOR_THE_TILINGS.values())
 }
-CALLS = {**OF_THE_TABLES, **OF_THE_FORMS}

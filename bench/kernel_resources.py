@@ -31,7 +31,9 @@ from bench.tables import markdown
 if TYPE_CHECKING:
     from bench.triton_cubins import Launch  # imports Triton
 
-QUICK_ARCH = 90  # of the calls that the tests do not compile for all
+# For which architecture the tests compile what calls of the tuned widths may ask for, where it has
+# no tilings of its own there.
+QUICK_ARCHS = {32: 90, 64: 80}
 NOTE = (
     "Of each kernel as it is compiled for the architecture: registers and bytes of stack of a "
     "thread (a stack is spilled registers), shared memory of a block, and the warps that a "
@@ -114,16 +116,17 @@ def work(
     """What is to be compiled.
 
     Args:
-        quick: what the tests compile: every entry of the tables for every architecture, and what
-            else calls may ask for, of the tuned widths, for one of them.
+        quick: what the tests compile: every tiling for every architecture, and what else calls of
+            the tuned widths may ask for, for one of them.
         only: of the calls and source files in whose names this regular expression is found.
     """
-    from bench.kernel_calls import CALLS, OF_THE_TABLES
+    from bench.kernel_calls import CALLS, FOR_THE_TILINGS
 
     pieces: list[Piece] = []
     for arch in architectures:
-        for name in CALLS:
-            wanted = not quick or name in OF_THE_TABLES or arch == QUICK_ARCH
+        for name, call in CALLS.items():
+            own = name in FOR_THE_TILINGS[arch]
+            wanted = not quick or own or (call.tuned and arch == QUICK_ARCHS[call.head_dim])
             if wanted and re.search(only, name):
                 pieces.append(partial(triton_rows, name, arch))
         if nvcc():
