@@ -43,7 +43,12 @@ MODES = {
     "js": Mode(attn_kd.attention_kl, {"divergence": "js"}),
     "mse": Mode(attn_kd.attention_kl, {"divergence": "mse"}),
     "head mean": Mode(attn_kd.attention_kl, {"head_reduction": "mean"}),
-    "head mean, js": Mode(attn_kd.attention_kl, {"head_reduction": "mean", "divergence": "js"}),
+    **{
+        f"head mean, {name}": Mode(
+            attn_kd.attention_kl, {"head_reduction": "mean", "divergence": name}
+        )
+        for name in ("forward_kl", "js", "mse")
+    },
     "dropout 0.1": Mode(attn_kd.attention_kl, {"dropout_p": 0.1}),
     "attention_kl_div": Mode(attn_kd.attention_kl_div, {}),
 }

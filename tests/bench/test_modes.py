@@ -6,7 +6,9 @@ import pytest
 import torch
 
 import attn_kd
-from bench.bench_modes import MODES, PASSES, Mode, check
+from attn_kd.ops.checks import DIVERGENCES
+from bench.bench_modes import DTYPES, MEASURED, MODES, PASSES, Mode, check
+from bench.targets import GOALS, HEAD_MEANS
 from bench.workloads import Shape, make_workload
 
 SHAPE = Shape(B=2, H=2, Lq=7, Lk=9, D=8)
@@ -32,3 +34,21 @@ def test_a_wrong_mode_is_seen():
 
     with pytest.raises(AssertionError, match=r"1.0e-03 off"):
         check(Mode(scaled, {}), SHAPE)
+
+
+@pytest.mark.parametrize(("mean", "each"), HEAD_MEANS.items(), ids=str)
+def test_a_head_mean_is_compared_with_the_same_divergence_of_every_head(mean, each):
+    assert MODES[mean].options == {**MODES[each].options, "head_reduction": "mean"}
+
+
+def test_every_divergence_has_its_head_mean():
+    held = {MODES[name].options.get("divergence", "reverse_kl") for name in HEAD_MEANS}
+    assert held == set(DIVERGENCES)
+
+
+def test_goals_are_of_modes_that_are_measured():
+    goals = [goal for goal in GOALS if goal.kind == "modes"]
+    assert len(goals) == 2 * len(HEAD_MEANS) + 2
+    for goal in goals:
+        assert {goal.candidate, goal.peer} <= set(MEASURED[goal.shape])
+        assert goal.dtype in DTYPES and goal.pass_name in PASSES
