@@ -67,8 +67,8 @@ _PASSED_BY = {
 # By kernel and class of width, for operands of 16 bits.
 _HALF = {
     ("forward", 32): Tiling(128, 32, 8, 3),
-    ("forward", 64): Tiling(128, 32, 8, 3),
-    ("forward", 128): Tiling(128, 32, 8, 2),
+    ("forward", 64): Tiling(128, 32, 8, 3, 8),
+    ("forward", 128): Tiling(128, 32, 8, 2, 8),
     ("forward", 256): Tiling(64, 32, 8, 2),
     ("backward_keys", 32): Tiling(32, 128, 8, 2),
     ("backward_keys", 64): Tiling(32, 128, 8, 2),
@@ -158,8 +158,8 @@ def tiling(
     if itemsize == 2:
         chosen = _with_fewer_registers(chosen, kernel, width, architecture, extras)
     if itemsize == 2 and architecture in (90, 100) and kernel in ("forward", "backward_rows"):
-        # Elsewhere rows that two products read stay in registers meanwhile: on sm_80 the forward pass
-        # at a width of 32 takes 161 of them so, and half of the resident warps, and else 128.
+        # Elsewhere what two loops multiply stays in registers: on sm_80 the forward pass at a width
+        # of 32 took 161 of them, and 128, for twice the resident warps, with one loop.
         chosen = chosen._replace(last_apart=True)
     return _with_more_programs(chosen, kernel, architecture, heads, length)
 
@@ -169,11 +169,13 @@ def _with_fewer_registers(
 ) -> Tiling:
     """Half as many keys (or queries) at a time where their products would not fit the registers.
 
-    That is where tensor cores take every operand from registers: sm_80, and consumer GPUs.
+    On sm_80 and consumer GPUs tensor cores take every operand from registers.
     """
-    heavy = width >= 128 or (width == 64 and (extras.mask_of_pairs or extras.js))
     axis = _PASSED_BY.get(kernel)
-    if architecture in (90, 100) or not heavy or axis is None:
+    heavy = width >= 64 and extras.mask_of_pairs and extras.dropout
+    if architecture not in (90, 100):
+        heavy = width >= 128 or (width == 64 and (extras.mask_of_pairs or extras.js))
+    if not heavy or axis is None:
         return chosen
     if kernel == "backward_keys" and extras.mask_of_pairs and extras.dropout:
         chosen = chosen._replace(num_stages=1)

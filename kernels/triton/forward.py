@@ -9,9 +9,10 @@ that grows, the origin follows and what has been summed up is rescaled: in every
 `Variant.rescale_above` is not 0, in those alone where it grows by more than 2^rescale_above in one
 of the block's rows, as in FlashAttention-4. Then p may exceed 1 by as much, and the origin lie as
 far below the highest logit; row_state has the origin that was used, and nothing else depends on it.
-The tuned tilings rescale always. Neither way has been timed on a GPU, but the branch costs 17 to 38
-registers a thread in the compiled kernels, and where these were 124 half of the resident warps,
-against value_block / block_k multiplications a pair.
+Neither way has been timed on a GPU. To ask all rows of a block takes a maximum over its warps: as
+compiled, a tile of 128 x 32 pairs takes 317 instructions a thread where nothing is rescaled and 310
+where all is at head_dim 32 on sm_90 (374 and 356 on sm_80), but 349 and 359 at head_dim 64 (405 and
+396), and there 128 registers, not 136, on sm_100. So the tilings of 64 and wider do, by 2^8.
 """
 
 from typing import Any, NamedTuple
@@ -126,18 +127,11 @@ def add_tile(
     logits = pair_logits(rows.query, key, scales.student, V, False)
     logits = masked_logits(logits, visible, bias, V, WHOLE)
     origin = tl.maximum(sums.origin, tl.max(logits, 1))
-    output = sums.output
     if V.rescale_above > 0:
         # One answer for all rows of the block.
         moves = tl.max(origin - sums.origin, 0) > V.rescale_above
         origin = tl.where(moves, origin, sums.origin)
-        shrink = tl.exp2(sums.origin - origin)
-        if V.value_dim > 0 and moves:
-            output = output * shrink[:, None]
-    else:
-        shrink = tl.exp2(sums.origin - origin)
-        if V.value_dim > 0:
-            output = output * shrink[:, None]
+    shrink = tl.exp2(sums.origin - origin)
     s = logits - origin_of(origin)[:, None]
     p = tl.exp2(s)
 
@@ -148,11 +142,14 @@ def add_tile(
         )
         t = masked_logits(t - rows.teacher_start[:, None], visible, bias, V, WHOLE)
         weighted, teacher_max, teacher_sum = add_terms(sums, p, s, origin, shrink, t, V)
+    output = sums.output
     if V.value_dim > 0:
         value = load_values(keys.value, first_key, valid, visible, V, WHOLE)
         kept = p
         if V.dropout:
             kept = tl.where(kept_pairs(noise, rows.head, rows.first, first_key, V), p, 0.0)
+        if V.rescale_above == 0 or moves:  # here the fewest registers are in use
+            output = output * shrink[:, None]
         output = add_product(output, kept.to(value.dtype), value, V)
     seen = sums.seen
     if V.masked:
