@@ -163,6 +163,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "mse": {"divergence": "mse"},
     "head mean, js": {"head_reduction": "mean", "divergence": "js"},
     "head mean, mask of pairs": {"head_reduction": "mean", "mask": "pairs"},
+    "rescaled always": {"rescale_above": 0},
     "rescaled above 2^8": {"rescale_above": 8},
     "float16": {"dtype": torch.float16},
 }
