@@ -81,12 +81,12 @@ class TrainingStep:
             torch.autocast, torch.device(device).type, autocast, enabled=autocast is not None
         )
         torch.manual_seed(0)
-        teacher = _build(setting, setting.teacher_layers)
-        self.student = _build(setting, 1)
+        teacher = build_detector(setting, setting.teacher_layers)
+        self.student = build_detector(setting, 1)
         load_backbone_weights(self.student, teacher)
         for model in (teacher, self.student):
             freeze_backbone(model)  # as in the paper
-            _scale_tokens(model)
+            scale_tokens(model)
             model.to(device, dtype)
             _set_attention(model, "eager" if way == "eager" else "sdpa")
         self.student.train()
@@ -155,8 +155,8 @@ def build_student(
     """The student in evaluation mode, with one of transformers' attention implementations."""
     register()
     torch.manual_seed(0)
-    student = _build(setting, 1)
-    _scale_tokens(student)
+    student = build_detector(setting, 1)
+    scale_tokens(student)
     student.to(dtype).eval()
     _set_attention(student, implementation)
     return student
@@ -170,7 +170,8 @@ def peak_bytes_of_step(way: str, setting: Setting) -> int:
     return growth_of_peak(lambda: step(batch))
 
 
-def _build(setting: Setting, layers: int) -> DetrForObjectDetection:
+def build_detector(setting: Setting, layers: int) -> DetrForObjectDetection:
+    """A detector with so many encoder and decoder layers, random weights and no dropout."""
     # One query has one way to be matched; without dropout, all ways compute the same.
     model = build_detr(
         setting.preset, encoder_layers=layers, decoder_layers=layers, num_queries=1, dropout=0.0
@@ -191,7 +192,7 @@ def _dilate_last_stage(model: DetrForObjectDetection) -> None:
 
 
 @torch.no_grad()
-def _scale_tokens(model: DetrForObjectDetection) -> None:
+def scale_tokens(model: DetrForObjectDetection) -> None:
     """Make the encoder's tokens of size 1, as a trained backbone and projection would.
 
     Those of a random ResNet-50 are hundreds of times larger, and all attention is one-hot.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from bench.measurements import Memory, Timing
+from bench.measurements import SUBJECT, Memory, Timing
 from bench.tables import Table, code, mebibytes, milliseconds, ratio
 
 WAYS = ("none", "teacher", "attn_kd", "eager")
+CACHED = "teacher cache"
 IMPLEMENTATIONS = ("sdpa", "attn_kd", "eager")
 
 
@@ -30,6 +31,19 @@ def training_memory_table(memories: list[Memory]) -> Table:
     for memory in memories:
         peaks = [mebibytes(memory.median(way)) for way in WAYS]
         rows.append([memory.shape, str(memory.sizes["batch"]), *peaks])
+    return rows
+
+
+def teacher_cache_table(timings: list[Timing]) -> Table:
+    """Milliseconds a step with the teacher running and with its cache, and bytes on disk."""
+    step = ["`attn_kd`", f"`{CACHED}`", "cache / teacher", "divergence off by"]
+    rows = [["setting", "batch", "way", *step, "kB a layer and image", "float32 maps, kB"]]
+    for timing in timings:
+        times = [milliseconds(timing, name) for name in (SUBJECT, CACHED)]
+        off = timing.errors[CACHED]["attention_kl"]
+        kept = [f"{timing.sizes[name] / 1e3:.1f}" for name in ("layer_bytes", "map_bytes")]
+        row = [timing.shape, str(timing.sizes["batch"]), timing.pass_name, *times]
+        rows.append([*row, ratio(timing.ratio(SUBJECT, CACHED)), f"{off:.1e}", *kept])
     return rows
 
 

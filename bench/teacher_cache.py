@@ -1,39 +1,31 @@
-"""What a teacher cache costs on disk and saves in a training step.
+"""Training steps of a student beside its running teacher, and with the teacher's cache instead.
 
-    python -m bench.teacher_cache --preset detr-tiny
-    python -m bench.teacher_cache --preset detr-r50 --batch-size 2 --rounds 5
-
-A teacher of six encoder and six decoder layers with random weights and a 1/1 student with its
-backbone, on random images of the preset's size, batches loaded in the training's own process. Three
-ways to train are compared, each with the teacher running and with its cache, step about (what a
-loaded machine does to one it does to the other): the backbone learns; it is frozen, and runs once
-for both models; its features are cached.
+Random images in files, loaded and prepared in every step, as a training does; a teacher with random
+weights, whose last encoder layer is distilled. Three ways to train: the backbone learns; it is
+frozen, and where the teacher runs, runs once for both models; its features are cached.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
-import statistics
-import tempfile
-import time
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from transformers import DetrForObjectDetection
 
 from attn_kd import AttentionDistiller
 from attn_kd.data import CocoDetection
 from attn_kd.distill import distillation_loss
 from attn_kd.models import (
-    build_detr,
     build_image_processor,
     freeze_backbone,
-    get_preset,
     load_backbone_weights,
     save_detector,
 )
@@ -42,163 +34,149 @@ from attn_kd.training.backbone_forward import feature_maps_as_input
 from attn_kd.training.sources import Source, Views, feature_source, image_source
 from attn_kd.training.teacher import Teacher
 from attn_kd.training.teacher_cache_batches import teacher_pass
+from bench.detr import ALPHA, LEARNING_RATE, Setting, build_detector, scale_tokens
+from bench.model_tables import CACHED
+from bench.rounds import SUBJECT
 
-WAYS = ("backbone learns", "backbone frozen", "features cached")
+LEARNS, FROZEN, FEATURES = WAYS = ("backbone learns", "backbone frozen", "features cached")
+DTYPE = "float16"  # of query and key in the cache
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--preset", default="detr-tiny")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--images", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=15, help="steps of each kind")
-    parser.add_argument("--dtype", default="float16")
-    args = parser.parse_args()
+class Example(NamedTuple):
+    """What a training begins with."""
+
+    setting: Setting
+    teacher: Teacher
+    cache: TeacherCache
+    dataset: CocoDetection
+
+
+def make_example(setting: Setting, root: Path) -> Example:
+    """Write images and a teacher into a folder, and cache the teacher."""
     torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        side = min(get_preset(args.preset).input_size)
-        _write_data(root / "data", side, args.images)
-        teacher = _write_teacher(root / "teacher", args.preset)
-        started = time.perf_counter()
-        options = CacheOptions(dtype=args.dtype)
-        cache = cache_teacher(root / "teacher", root / "data", root / "cache", options)
-        seconds = (time.perf_counter() - started) / args.images
-        print(f"{args.preset}, {side} x {side} pixels; {1e3 * seconds:.0f} ms an image to cache")
-        _report_size(cache)
-        for way in WAYS:
-            _report_steps(way, teacher, cache, CocoDetection(root / "data", "train"), args)
+    _write_images(root / "data", setting.pixels, 2 * setting.batch)
+    model = build_detector(setting, setting.teacher_layers).eval()
+    scale_tokens(model)
+    size = {"height": setting.pixels, "width": setting.pixels}
+    processor = build_image_processor(setting.preset, image_size=size)
+    save_detector(model, processor, root / "teacher")
+    options = CacheOptions(dtype=DTYPE)
+    cache = cache_teacher(root / "teacher", root / "data", root / "cache", options)
+    dataset = CocoDetection(root / "data", "train")
+    return Example(setting, Teacher.load(root / "teacher"), cache, dataset)
 
 
-def _report_size(cache: TeacherCache) -> None:
+def sizes_of(cache: TeacherCache) -> dict[str, int]:
+    """Bytes of one layer of one image in the cache, and of its maps if float32 ones were kept."""
     (layer,) = cache.recipe.layers
     record = cache.read(0)
-    kept = sum(tensor.nbytes for tensor in record.layers[layer.path])
-    cells = record.grid[0] * record.grid[1]
-    whole = sum((cache.folder / shard.file).stat().st_size for shard in cache.shards)
-    each = whole / len(cache.recipe.images)
-    maps = layer.heads * cells**2 * 4
-    print(
-        f"{cells} cells, {layer.heads} heads of {layer.head_dim}: {kept / 1e3:.1f} kB a layer and "
-        f"image ({each / 1e3:.1f} kB in the files); its maps in float32: {maps / 1e3:.1f} kB, "
-        f"{maps / kept:.1f} times as much"
-    )
+    cells = math.prod(record.grid)
+    return {
+        "cells": cells,
+        "heads": layer.heads,
+        "layer_bytes": sum(tensor.nbytes for tensor in record.layers[layer.path]),
+        "map_bytes": layer.heads * cells**2 * torch.float32.itemsize,
+    }
 
 
-def _report_steps(
-    way: str,
-    teacher: Teacher,
-    cache: TeacherCache,
-    dataset: CocoDetection,
-    args: argparse.Namespace,
-) -> None:
-    frozen = way != WAYS[0]
-    student = build_detr(args.preset, encoder_layers=1, decoder_layers=1, num_queries=1)
-    load_backbone_weights(student, teacher.model)
-    if frozen:
+def steps_of(way: str, example: Example) -> dict[str, DistillationStep]:
+    """Steps of two students that begin alike and see the same batches.
+
+    That of `SUBJECT` has its teacher running, that of `CACHED` reads the teacher's records.
+    """
+    torch.manual_seed(1)
+    student = build_detector(example.setting, 1).eval()  # so that the backbone stays the teacher's
+    load_backbone_weights(student, example.teacher.model)
+    scale_tokens(student)
+    if way != LEARNS:
         freeze_backbone(student)
-    config = TrainingConfig(
-        preset=args.preset, augment=False, freeze_backbone=frozen, cache_features=way == WAYS[2]
-    )
-    views = Views(1, 0)
-    if config.cache_features:
-        source = feature_source(student, dataset, teacher.processor, config, views=views)
-    else:
-        source = image_source(dataset, teacher.processor, config, views)
-    cached = Teacher.cached(cache.folder)
-    layers = [layer.path for layer in cache.recipe.layers]
-    steps = [
-        _steps(copy.deepcopy(student), teacher, source, args.batch_size, way),
-        _steps(
-            copy.deepcopy(student),
-            cached,
-            cached.taught(source, dataset, layers),
-            args.batch_size,
-            way,
-        ),
-    ]
-    for step in steps:
-        step()
-    times = [[_timed(step) for step in steps] for _ in range(args.rounds)]
-    live, without = (statistics.median(column) for column in zip(*times, strict=True))
-    ratio = statistics.median(b / a for a, b in times)
-    print(
-        f"{way}: {1e3 * live:.0f} ms a step of {args.batch_size} with the teacher, "
-        f"{1e3 * without:.0f} ms with its cache: x {ratio:.2f}"
-    )
+    given = {SUBJECT: example.teacher, CACHED: Teacher.cached(example.cache.folder)}
+    source = _source(way, student, example)
+    return {
+        name: DistillationStep(way, copy.deepcopy(student), teacher, source, example)
+        for name, teacher in given.items()
+    }
 
 
-def _steps(
-    student: DetrForObjectDetection, teacher: Teacher, source: Source, batch_size: int, way: str
-) -> Callable[[], None]:
-    """A function that takes one training step, its batch loaded and prepared."""
-    student.train()
-    learning = [p for p in student.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(learning, lr=1e-6)
-    batches = _batches(source, batch_size)
-    share = way == WAYS[1] and teacher.cache is None
+class DistillationStep:
+    """Training steps: load a batch, forward, backward, AdamW. Called, returns the divergence."""
 
-    def step() -> None:
-        batch, given = next(batches), None
-        models = [student] if teacher.cache else [student, teacher.model]
+    def __init__(
+        self,
+        way: str,
+        student: DetrForObjectDetection,
+        teacher: Teacher,
+        source: Source,
+        example: Example,
+    ) -> None:
+        self._student = student.train()
+        self._teacher = teacher
+        layers = [layer.path for layer in example.cache.recipe.layers]
+        source = teacher.taught(source, example.dataset, layers)
+        self._batches = _batches(source, example.setting.batch)
+        self._shares_backbone = way == FROZEN and teacher.cache is None
+        learning = [p for p in student.parameters() if p.requires_grad]
+        self._optimizer = torch.optim.AdamW(learning, lr=LEARNING_RATE)
+
+    def __call__(self) -> Tensor:
+        batch, given = next(self._batches), None
+        cache = self._teacher.cache
+        models = [self._student] if cache else [self._student, self._teacher.model]
         with (
             feature_maps_as_input(*models),
-            AttentionDistiller(teacher.model, student) as distiller,
+            AttentionDistiller(self._teacher.model, self._student) as distiller,
         ):
-            if teacher.cache is not None:
-                batch, given = teacher_pass(batch, teacher.cache.recipe.layers)
-            if share:
-                with torch.no_grad():
-                    maps = student.model.backbone(batch["pixel_values"], batch["pixel_mask"])
-                batch = {**batch, "pixel_values": maps[-1][0], "pixel_mask": maps[-1][1]}
+            if cache is not None:
+                batch, given = teacher_pass(batch, cache.recipe.layers)
+            if self._shares_backbone:
+                batch = self._with_features(batch)
             result = distiller.run(batch, teacher_pass=given)
-            distillation_loss(result, alpha=0.7).total.backward()
-        optimiser.step()
-        optimiser.zero_grad()
+            loss = distillation_loss(result, alpha=ALPHA)
+            self._optimizer.zero_grad()
+            loss.total.backward()
+        self._optimizer.step()
+        return loss.attention_kl.detach()
 
-    return step
+    @torch.no_grad()
+    def _with_features(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch with the backbone's last features in the place of its images."""
+        backbone = self._student.model.backbone
+        features, mask = backbone(batch["pixel_values"], batch["pixel_mask"])[-1]
+        return {**batch, "pixel_values": features, "pixel_mask": mask}
 
 
-def _batches(source: Source, size: int) -> Iterator[dict]:
+def _source(way: str, student: DetrForObjectDetection, example: Example) -> Source:
+    config = TrainingConfig(
+        preset=example.setting.preset,
+        augment=False,
+        freeze_backbone=way != LEARNS,
+        cache_features=way == FEATURES,
+    )
+    dataset, processor, views = example.dataset, example.teacher.processor, Views(1, 0)
+    if config.cache_features:
+        return feature_source(student, dataset, processor, config, views=views)
+    return image_source(dataset, processor, config, views)
+
+
+def _batches(source: Source, size: int) -> Iterator[dict[str, Any]]:
     generator = torch.Generator().manual_seed(0)
     while True:
         indices = torch.randint(len(source.dataset), (size,), generator=generator)
         yield source.collate([source.dataset[int(index)] for index in indices])
 
 
-def _timed(step: Callable[[], None]) -> float:
-    started = time.perf_counter()
-    step()
-    return time.perf_counter() - started
-
-
-def _write_teacher(folder: Path, preset: str) -> Teacher:
-    names = {0: "needle"}
-    model = build_detr(preset, encoder_layers=6, decoder_layers=6, num_queries=1, id2label=names)
-    save_detector(model, build_image_processor(preset), folder)
-    return Teacher.load(folder)
-
-
-def _write_data(root: Path, side: int, count: int) -> None:
-    """Random pictures with one box each, as a COCO folder."""
+def _write_images(root: Path, side: int, count: int) -> None:
+    """Square pictures of noise with one box each, as a COCO folder."""
     generator = np.random.default_rng(0)
     (root / "images").mkdir(parents=True)
     (root / "annotations").mkdir()
-    document: dict[str, list] = {
-        "images": [],
-        "annotations": [],
-        "categories": [{"id": 1, "name": "needle"}],
-    }
+    images, boxes = [], []
     for number in range(count):
         name = f"{number:04d}.png"
         pixels = generator.integers(0, 256, (side, side), dtype=np.uint8)
         Image.fromarray(pixels).save(root / "images" / name)
-        entry = {"id": number, "file_name": name, "width": side, "height": side}
-        box = {"id": number, "image_id": number, "category_id": 1, "bbox": [8, 8, 40, 30]}
-        document["images"].append(entry)
-        document["annotations"].append(box)
+        images.append({"id": number, "file_name": name, "width": side, "height": side})
+        boxes.append({"id": number, "image_id": number, "category_id": 1, "bbox": [8, 8, 40, 30]})
+    categories = [{"id": 1, "name": "needle"}]
+    document = {"images": images, "annotations": boxes, "categories": categories}
     (root / "annotations" / "instances_train.json").write_text(json.dumps(document))
-
-
-if __name__ == "__main__":
-    main()

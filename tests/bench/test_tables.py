@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bench.measurements import Memory
-from bench.model_tables import inference_table, training_table
+from bench.model_tables import inference_table, teacher_cache_table, training_table
 from bench.operator_tables import (
     error_table,
     memory_table,
@@ -140,6 +140,24 @@ def test_what_a_divergence_adds_is_told_beyond_the_teacher():
     seconds = {"none": [1.0], "teacher": [2.0], "attn_kd": [2.2], "eager": [4.0]}
     row = training_table([timing(seconds, kind="training", sizes={"batch": 1})])[1]
     assert row[-3:] == ["+10.0%", "+100.0%", "0.550"]
+
+
+def test_a_teacher_cache_is_told_by_time_and_size():
+    sizes = {"batch": 2, "layer_bytes": 1234, "map_bytes": 98765}
+    measured = timing(
+        {"attn_kd": [0.2], "teacher cache": [0.15]},
+        kind="teacher cache",
+        pass_name="backbone frozen",
+        sizes=sizes,
+        errors={"teacher cache": {"attention_kl": 2e-6}},
+    )
+    head, row = teacher_cache_table([measured])
+    cells = dict(zip(head, row, strict=True))
+    assert [cells["batch"], cells["way"]] == ["2", "backbone frozen"]
+    assert [cells["`attn_kd`"], cells["`teacher cache`"]] == ["200", "150"]
+    assert cells["cache / teacher"] == "0.750"
+    assert cells["divergence off by"] == "2.0e-06"
+    assert [cells["kB a layer and image"], cells["float32 maps, kB"]] == ["1.2", "98.8"]
 
 
 def test_images_per_second_are_the_inverse_of_a_latency():
