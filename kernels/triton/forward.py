@@ -70,14 +70,21 @@ class Rows(NamedTuple):
     teacher_start: Any  # [block_q], what the teacher's logits are measured from: a given LSE, or 0
 
 
+class Running(NamedTuple):
+    """A running sum and what rounding has taken of it, [block_q] each."""
+
+    sum: Any
+    rest: Any  # 0 of 16-bit operands, whose own errors are larger
+
+
 class Sums(NamedTuple):
     """The running sums of query rows, base 2, [block_q] each."""
 
     origin: Any  # highest logit seen, or less by rescale_above at most
-    sum: Any  # of p = 2^(s - origin)
-    weighted: Any  # of the divergence's terms
+    sum: Running  # of p = 2^(s - origin)
+    weighted: Running  # of the divergence's terms
     teacher_max: Any  # the same for the teacher; 0 where its logits are measured from a given LSE
-    teacher_sum: Any
+    teacher_sum: Running
     seen: Any  # 1 where the row has seen a key, which only a mask can hide
     output: Any  # [block_q, value_block], not yet divided by the sum
 
@@ -90,11 +97,35 @@ def no_sums(V: tl.constexpr):
     teacher_max = zeros if V.teacher_lse_given else lowest
     seen = tl.full([V.block_q], 0 if V.masked else 1, tl.int32)
     output = tl.zeros([V.block_q, V.value_block], tl.float32)
-    return Sums(lowest, zeros, zeros, teacher_max, zeros, seen, output)
+    nothing = Running(zeros, zeros)
+    return Sums(lowest, nothing, nothing, teacher_max, nothing, seen, output)
 
 
 @triton.jit
-def add_terms(sums, p, s, origin, shrink, teacher, V: tl.constexpr):
+def add_part(running, shrink, part, EXACT: tl.constexpr):
+    """A running sum that shrinks by a factor, with a tile's part.
+
+    If EXACT by Knuth's two-sum, so that errors do not grow with the number of keys: a divergence
+    may be a small difference of large sums.
+    """
+    before = running.sum * shrink
+    total = before + part
+    rest = running.rest
+    if EXACT:
+        grown = total - before
+        rest = rest * shrink + ((before - (total - grown)) + (part - grown))
+    return Running(total, rest)
+
+
+@triton.jit
+def total_of(running):
+    """A running sum in float64; an infinite one has lost nothing."""
+    lost = tl.where(running.rest == running.rest, running.rest, 0.0)
+    return running.sum.to(tl.float64) + lost.to(tl.float64)
+
+
+@triton.jit
+def add_terms(sums, p, s, origin, shrink, teacher, V: tl.constexpr, EXACT: tl.constexpr):
     """The weighted sum, and the teacher's maximum and sum, with a tile's terms.
 
     p and s [block_q, block_k] are the student's, `teacher` its teacher's masked logits.
@@ -108,12 +139,14 @@ def add_terms(sums, p, s, origin, shrink, teacher, V: tl.constexpr):
         teacher = teacher - origin_of(teacher_max)[:, None]
     # Earlier terms were measured from earlier origins.
     shift = (sums.origin - origin) - (sums.teacher_max - teacher_max)
-    weighted = moved_sum(sums.weighted, sums.sum, teacher_sum, shift, V)
+    moved = moved_sum(sums.weighted.sum, sums.sum.sum, teacher_sum.sum, shift, V)
+    weighted = Running(moved, sums.weighted.rest)
     if V.teacher_probability or not V.teacher_lse_given:
         b = tl.exp2(teacher)
-        teacher_sum = teacher_sum * teacher_shrink + tl.sum(b, 1)
-    weighted = weighted * teacher_shrink if V.teacher_probability else weighted * shrink
-    return weighted + tl.sum(term(p, b, s - teacher, V), 1), teacher_max, teacher_sum
+        teacher_sum = add_part(teacher_sum, teacher_shrink, tl.sum(b, 1), EXACT)
+    terms = tl.sum(term(p, b, s - teacher, V), 1)
+    weight_shrink = teacher_shrink if V.teacher_probability else shrink
+    return add_part(weighted, weight_shrink, terms, EXACT), teacher_max, teacher_sum
 
 
 @triton.jit
@@ -121,6 +154,7 @@ def add_tile(
     sums, rows, keys, noise, first_key, sizes, scales, V: tl.constexpr, WHOLE: tl.constexpr
 ):
     """The sums with block_k keys more, all of which exist if WHOLE."""
+    EXACT: tl.constexpr = rows.query.dtype == tl.float32
     visible, bias = load_mask(keys.mask, rows.first, first_key, sizes, V, WHOLE)
     valid = first_key + tl.arange(0, V.block_k) < sizes.key_length
     key = load_rows(keys.key, first_key, valid, V.head_dim, V.block_k, V.head_block, WHOLE)
@@ -141,7 +175,7 @@ def add_tile(
             rows.teacher_query, keys.teacher_key, first_key, valid, scales.teacher, V, WHOLE
         )
         t = masked_logits(t - rows.teacher_start[:, None], visible, bias, V, WHOLE)
-        weighted, teacher_max, teacher_sum = add_terms(sums, p, s, origin, shrink, t, V)
+        weighted, teacher_max, teacher_sum = add_terms(sums, p, s, origin, shrink, t, V, EXACT)
     output = sums.output
     if V.value_dim > 0:
         value = load_values(keys.value, first_key, valid, visible, V, WHOLE)
@@ -154,7 +188,7 @@ def add_tile(
     seen = sums.seen
     if V.masked:
         seen = tl.maximum(seen, tl.max(visible.to(tl.int32), 1))
-    sum = sums.sum * shrink + tl.sum(p, 1)
+    sum = add_part(sums.sum, shrink, tl.sum(p, 1), EXACT)
     return Sums(origin, sum, weighted, teacher_max, teacher_sum, seen, output)
 
 
@@ -169,7 +203,7 @@ def load_given_lse(teacher, at, valid, V: tl.constexpr):
 def store_divergence(results, sums, seen, log_sum, teacher, at, valid, V: tl.constexpr):
     """Write kl and the teacher's LSE; return the correction [block_q]."""
     # In float64: the divergence is a small difference of logarithms.
-    teacher_sum = sums.teacher_sum.to(tl.float64)
+    teacher_sum = total_of(sums.teacher_sum)
     if V.teacher_lse_given:
         stored_lse = load_given_lse(teacher, at, valid, V)
         origin = stored_lse.to(tl.float32).to(tl.float64)
@@ -184,7 +218,7 @@ def store_divergence(results, sums, seen, log_sum, teacher, at, valid, V: tl.con
             rest = (lse - rounded.to(tl.float64)).to(tl.float32)
             tl.store(results.teacher_lse_rest + at, rest, mask=valid)
         stored_lse = rounded.to(tl.float64) * LOG2E - group_shift(V)
-    weighted, sum = sums.weighted.to(tl.float64), sums.sum.to(tl.float64)
+    weighted, sum = total_of(sums.weighted), total_of(sums.sum)
     kl = LN2 * row_divergence(weighted, sum, teacher_sum, log_sum, teacher_log_sum, V)
     if results.kl is not None:
         tl.store(results.kl + at, tl.where(seen, kl, 0.0).to(tl.float32), mask=valid)
@@ -195,7 +229,7 @@ def store_divergence(results, sums, seen, log_sum, teacher, at, valid, V: tl.con
 def store_row_results(results, sums, teacher, at, valid, sizes, V: tl.constexpr):
     """Write what is kept of every row; return the inverse sums [block_q]."""
     seen = sums.seen > 0
-    sum = sums.sum.to(tl.float64)
+    sum = total_of(sums.sum)
     log_sum = tl.log2(sum)
     inverse_sum = tl.where(seen, 1.0 / sum, 0.0).to(tl.float32)
     lse = tl.where(seen, LN2 * (sums.origin.to(tl.float64) + log_sum), -float("inf"))
