@@ -64,7 +64,8 @@ _PASSED_BY = {
     "two_pass_backward_rows": "block_k",
 }
 
-# By kernel and class of width, for operands of 16 bits.
+# By kernel and class of width, for operands of 16 bits. Triton gives every warp rows of its own (or
+# keys, for the gradients of keys), 16 at least: more warps than that repeat each other.
 _HALF = {
     ("forward", 32): Tiling(128, 32, 8, 3),
     ("forward", 64): Tiling(128, 32, 8, 3, 8),

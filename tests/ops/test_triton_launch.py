@@ -153,3 +153,16 @@ def test_operands_that_kernels_can_read_are_left_where_they_are():
     operands = Operands(query, *inputs[1:], attn_mask=mask)
     for given, tensor in zip(operands, make_problem(operands, Options()).operands, strict=True):
         assert tensor is given
+
+
+@pytest.mark.parametrize("heads", [8, 1000], ids=lambda n: f"{n} heads")
+@pytest.mark.parametrize("width", [32, 64, 128])
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_every_warp_has_rows_of_its_own(arch, width, heads):
+    """Sixteen, the fewest that tensor cores multiply; more warps would repeat each other's."""
+    from attn_kd.kernels.triton.configurations import KERNELS, tiling
+
+    for kernel in KERNELS:
+        tile = tiling(kernel, width, 2, arch, heads, length=1000)
+        rows = tile.block_k if kernel.endswith("keys") else tile.block_q
+        assert 16 * tile.num_warps <= rows, kernel
