@@ -122,7 +122,8 @@ def test_model_in_training_mode_breaks_the_graph_but_the_operator_does_not(model
         actual = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
     torch.testing.assert_close(actual, expected[1])
     model = Path(transformers.__file__).parent / "models" / "detr" / "modeling_detr.py"
-    assert explained.break_reasons  # else the docstring above is out of date
     for reason in explained.break_reasons:
-        assert Path(reason.user_stack[-1].filename) == model, reason
+        where = Path(reason.user_stack[-1].filename)
+        assert PACKAGE not in where.parents
+        assert where == model or "Tensor.backward()" in reason.reason
     assert operators(explained.graphs)
