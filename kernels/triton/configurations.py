@@ -50,7 +50,7 @@ KERNELS = (
 )
 
 # Multiprocessors of an A100, an H100 and a B200; of others as of an A100.
-_MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
+_MULTIPROCESSORS = {8: 108, 9: 132, 10: 148}
 
 # What the programs of a kernel share out between them.
 _SHARED_OUT = {"forward": "block_q", "backward_rows": "block_q", "backward_keys": "block_k"}
@@ -158,11 +158,16 @@ def tiling(
     chosen = (_HALF if itemsize == 2 else _FLOAT)[kernel, width]
     if itemsize == 2:
         chosen = _with_fewer_registers(chosen, kernel, width, architecture, extras)
-    if itemsize == 2 and architecture in (90, 100) and kernel in ("forward", "backward_rows"):
+    if itemsize == 2 and _generation(architecture) in (9, 10) and kernel in ("forward", "backward_rows"):
         # Elsewhere what two loops multiply stays in registers: on sm_80 the forward pass at a width
         # of 32 took 161 of them, and 128, for twice the resident warps, with one loop.
         chosen = chosen._replace(last_apart=True)
     return _with_more_programs(chosen, kernel, architecture, heads, length)
+
+
+def _generation(architecture: int) -> int:
+    """The compute capability's first number: sm_103 is as sm_100."""
+    return architecture // 10
 
 
 def _with_fewer_registers(
@@ -174,7 +179,7 @@ def _with_fewer_registers(
     """
     axis = _PASSED_BY.get(kernel)
     heavy = width >= 64 and extras.mask_of_pairs and extras.dropout
-    if architecture not in (90, 100):
+    if _generation(architecture) not in (9, 10):
         heavy = width >= 128 or (width == 64 and (extras.mask_of_pairs or extras.js))
     if not heavy or axis is None:
         return chosen
@@ -192,6 +197,6 @@ def _with_more_programs(
         return chosen
     block = getattr(chosen, axis)
     programs = heads * -(-length // block)
-    if block < 128 or programs >= 2 * _MULTIPROCESSORS.get(architecture, 108):
+    if block < 128 or programs >= 2 * _MULTIPROCESSORS.get(_generation(architecture), 108):
         return chosen
     return chosen._replace(**{axis: block // 2}, num_warps=chosen.num_warps // 2)
