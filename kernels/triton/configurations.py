@@ -158,7 +158,11 @@ def tiling(
     chosen = (_HALF if itemsize == 2 else _FLOAT)[kernel, width]
     if itemsize == 2:
         chosen = _with_fewer_registers(chosen, kernel, width, architecture, extras)
-    if itemsize == 2 and _generation(architecture) in (9, 10) and kernel in ("forward", "backward_rows"):
+    if (
+        itemsize == 2
+        and _generation(architecture) in (9, 10)
+        and kernel in ("forward", "backward_rows")
+    ):
         # Elsewhere what two loops multiply stays in registers: on sm_80 the forward pass at a width
         # of 32 took 161 of them, and 128, for twice the resident warps, with one loop.
         chosen = chosen._replace(last_apart=True)
