@@ -25,6 +25,7 @@ PYTHON=${PYTHON:-.venv/bin/python}
 BUDGET=${BUDGET:-1}
 LIMIT=${LIMIT:-0}
 FAILED=
+PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
 mkdir -p "$OUT"
 
 # attempt NAME COMMAND...: run it, keep what it prints in $OUT/gpu-NAME.log, remember a failure.
@@ -48,7 +49,8 @@ gpu() {
 }
 
 # memcheck knows allocations, so tensors must not be cut from larger ones, as torch's allocator does.
-# Both backends are watched; a kernel that is not compiled in (cuda) is refused, and said to be.
+# Both backends are watched; a kernel that is not compiled in (cuda) is refused, and said to be. The
+# first run of the cases is watched by nobody: Triton keeps what it compiles in it.
 sanitize() {
     if ! command -v compute-sanitizer >/dev/null; then
         echo "== sanitize: no compute-sanitizer; it is in the CUDA toolkit"
@@ -56,8 +58,9 @@ sanitize() {
         return
     fi
     whole=$LIMIT
-    LIMIT=$((whole / 4))
+    LIMIT=$((whole / 6))
     for backend in triton cuda; do
+        attempt "cases-$backend" "$PYTHON" -m bench.sanitizer_cases --backend "$backend"
         for tool in memcheck racecheck; do
             attempt "$tool-$backend" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
                 compute-sanitizer --tool "$tool" --error-exitcode 2 \

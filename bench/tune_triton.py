@@ -7,7 +7,9 @@
 Each entry of the tables (attn_kd/kernels/triton/configurations.py) is tried with the tilings one
 step from it, in interleaved rounds of the pass that launches the kernel, and the results are
 compared with those of the entry. A tiling is judged by its times at all shapes. What is better is
-printed as it goes into the tables, by hand; then the next steps can be tried. Not yet run on a GPU.
+printed as it goes into the tables, by hand; then the next steps can be tried. What `tiling` makes
+of an entry for an architecture, or where there are few rows, it makes of those tried too. Not yet
+run on a GPU.
 """
 
 from __future__ import annotations
@@ -146,7 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = default_device()
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability()
-        compile_near(entries, 10 * major + minor, args.jobs)
+        if (arch := 10 * major + minor) in ARCHITECTURES:
+            compile_near(entries, arch, args.jobs)  # by all cores; on other GPUs one by one
     shapes = {name: SHAPES[name] for name in args.shapes}
     found = {}
     for entry in entries:

@@ -74,8 +74,16 @@ def test_sanitizers_watch_tensors_that_are_allocations_of_their_own(tmp_path, mo
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     done = session("sanitize", python=fake_python(tmp_path), out=tmp_path)
     assert done.returncode == 0
-    watched = (tmp_path / "calls").read_text().splitlines()[1:]  # the first asks for a GPU
-    assert watched == ["1 memcheck", "1 racecheck"] * 2
+    calls = (tmp_path / "calls").read_text().splitlines()[1:]  # the first asks for a GPU
+    assert calls == [
+        line
+        for backend in ("triton", "cuda")
+        for line in (
+            f"-m bench.sanitizer_cases --backend {backend}",
+            "1 memcheck",
+            "1 racecheck",
+        )
+    ]
 
 
 def test_an_unknown_step_is_refused(tmp_path):
