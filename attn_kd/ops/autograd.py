@@ -61,14 +61,20 @@ class FusedAttentionKL(torch.autograd.Function):
     @once_differentiable  # differentiating again raises, where it would silently give zeros
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         query, *_ = saved = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:3]
+        # The compiled operators compute them all.
+        choice = {"output_mask": wanted} if query.device.type == "cuda" else {}
         operator = _operator("backward", query.device)
-        return with_constants(operator(*grads[:3], *saved, *ctx.options))
+        return with_constants(operator(*grads[:3], *saved, *ctx.options, **choice), wanted)
 
 
-def with_constants(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+def with_constants(
+    grads: tuple[Tensor, ...], wanted: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
     """The gradients of all arguments of a call, given those of query, key and value."""
     constants = len(Operands._fields) + len(Options._fields) - len(grads)
-    return (*grads, *[None] * constants)
+    of_student = (grad if yes else None for grad, yes in zip(grads, wanted, strict=True))
+    return (*of_student, *[None] * constants)
 
 
 def _operator(direction: str, device: torch.device) -> Any:

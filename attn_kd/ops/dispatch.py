@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attn_kd.errors import InputError
 from attn_kd.ops import autocast, checks, extension, philox
 from attn_kd.ops.arguments import Operands, Options
 from attn_kd.ops.backends import facts_of, machine_refusal, select_backend
 from attn_kd.ops.reference import attention_kl_reference
+from attn_kd.ops.triton_layouts import RefusedError
 from attn_kd.ops.triton_operator import forward_operator as triton_operator
 
 Results = tuple[Tensor, Tensor, Tensor]  # output, kl (empty without a teacher), lse
@@ -50,7 +50,7 @@ def run(operands: tuple, options: tuple, backend: str | None) -> Results:
             dropout_seed = _draw_seed(operands[0], options[-1])
         try:
             return _by_triton(operands, dropout_seed, options)
-        except (InputError, TypeError):
+        except RefusedError:
             pass  # what does not fit is explained below
     named = Operands(*operands)._replace(dropout_seed=dropout_seed)
     return _run_checked(named, Options(*options), backend)
@@ -67,8 +67,10 @@ def _is_plain_for_triton(operands: tuple, options: tuple, backend: str | None) -
     query, key, value, *_ = operands
     if query is None or key is None or not _PLAIN_TENSORS.issuperset(map(type, operands)):
         return False
-    scale, teacher_scale, *_ = options
+    scale, teacher_scale, divergence, head_reduction, dropout_p = options
     if not (type(scale) in _PLAIN_NUMBERS and type(teacher_scale) in _PLAIN_NUMBERS):
+        return False
+    if not (type(divergence) is type(head_reduction) is str and type(dropout_p) in (float, int)):
         return False
     if value is not None and value.shape[-1:] == (0,):
         return False  # a mistake: the divergence alone is had without one

@@ -57,7 +57,18 @@ def attention_kl_backward(
     value: Tensor,
     *_rest: object,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_grad(query), _empty_grad(key), _empty_grad(value)
+    return gradients(query, key, value, (True, True, True))
+
+
+def gradients(
+    query: Tensor, key: Tensor, value: Tensor, wanted: tuple[bool, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients to be filled in, laid out as their tensors; those not wanted are empty."""
+    of_query, of_key, of_value = (
+        _empty_grad(tensor) if is_wanted else tensor.new_empty(0)
+        for tensor, is_wanted in zip((query, key, value), wanted, strict=True)
+    )
+    return of_query, of_key, of_value
 
 
 def _empty_grad(tensor: Tensor) -> Tensor:

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
-from attn_kd.errors import InputError
 from attn_kd.ops import autocast
 from attn_kd.ops.arguments import Operands
 from attn_kd.ops.autograd import FusedAttentionKL, with_constants
+from attn_kd.ops.triton_layouts import InputRefusedError
 
 _OPERANDS = len(Operands._fields)
 _DIFFERENTIABLE = 3  # query, key, value
@@ -31,7 +31,7 @@ def forward(*arguments: Any) -> Results:
         return _below_autograd(_forward_operator(), arguments)
     for name, tensor in zip(Operands._fields[_DIFFERENTIABLE:], constants, strict=True):
         if tensor is not None and tensor.requires_grad:
-            raise InputError(f"{name} requires grad, but no gradient is computed for it")
+            raise InputRefusedError(f"{name} requires grad, but no gradient is computed for it")
     if any(tensor.requires_grad for tensor in student):
         return _apply(_Attention, arguments)
     return _below_autograd(_forward_operator(), arguments)
@@ -75,8 +75,7 @@ class _Attention(FusedAttentionKL):
         of_student = _backward_operator()(
             *grads[:3], *ctx.saved_tensors, *ctx.options, output_mask=wanted
         )
-        pairs = zip(of_student, wanted, strict=True)
-        return with_constants(tuple(grad if is_wanted else None for grad, is_wanted in pairs))
+        return with_constants(of_student, wanted)
 
 
 class _Gradients(torch.autograd.Function):

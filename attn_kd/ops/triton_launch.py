@@ -242,7 +242,7 @@ def backward_launches(
     constants: Tensor,  # [3, B, H, Lq] float32, scratch
     grad_query: Tensor | None,  # [B, H, Lq, D], None where it is not wanted
     grad_key: Tensor | None,  # [B, H, Lk, D], None where neither it nor grad_value is wanted
-    grad_value: Tensor,  # [B, H, Lk, Dv], written with grad_key, but not without a grad_output
+    grad_value: Tensor | None,  # [B, H, Lk, Dv]; there with grad_key if there is a grad_output
 ) -> list[Launch]:
     """The backward pass of one sweep, kernels in their order."""
     value_dim = 0 if arriving.grad_output is None else problem.facts.value_dim

@@ -13,10 +13,22 @@ from torch import Tensor
 from attn_kd.errors import InputError
 from attn_kd.ops.arguments import Operands, Options
 from attn_kd.ops.backends import triton_widest
-from attn_kd.ops.checks import DIVERGENCES, HEAD_REDUCTIONS
+from attn_kd.ops.checks import DIVERGENCES, DTYPES, HEAD_REDUCTIONS
 
 # Elements between two rows beyond which an offset within a tile of 256 rows would not fit 32 bits.
 FARTHEST_ROW = 2**31 // 256
+
+
+class RefusedError(Exception):
+    """What the operator finds wrong with a call; `dispatch` looks for a better explanation."""
+
+
+class InputRefusedError(RefusedError, InputError):
+    """The arguments do not fit together."""
+
+
+class DtypeRefusedError(RefusedError, TypeError):
+    """A dtype is not what it has to be: a TypeError as of the compiled operators."""
 
 
 class Layout(NamedTuple):
@@ -74,7 +86,7 @@ def check_layouts(layouts: Layouts, options: Options) -> None:
     _check_student(query, key, value)
     _check_options(options)
     if (teacher_query is None) != (teacher_key is None):
-        raise InputError("teacher_query and teacher_key come together")
+        raise InputRefusedError("teacher_query and teacher_key come together")
     if teacher_query is not None and teacher_key is not None:
         averaged = options.head_reduction == "mean"
         _check_teacher(query, key, teacher_query, teacher_key, teacher_lse, averaged)
@@ -91,7 +103,7 @@ def check_shape(name: str, tensor: Tensor | Layout, expected: tuple[int, ...]) -
         InputError: it differs.
     """
     if tensor.shape != expected:
-        raise InputError(f"{name} has shape {tuple(tensor.shape)}, expected {expected}")
+        raise InputRefusedError(f"{name} has shape {tuple(tensor.shape)}, expected {expected}")
 
 
 def check_device(name: str, tensor: Tensor | Layout, query: Tensor | Layout) -> None:
@@ -101,25 +113,25 @@ def check_device(name: str, tensor: Tensor | Layout, query: Tensor | Layout) -> 
         InputError: it is elsewhere.
     """
     if tensor.device != query.device:
-        raise InputError(f"{name} is on {tensor.device} but query is on {query.device}")
+        raise InputRefusedError(f"{name} is on {tensor.device} but query is on {query.device}")
 
 
 def _check_student(query: Layout, key: Layout, value: Layout) -> None:
     if not len(query.shape) == len(key.shape) == len(value.shape) == 4:
-        raise InputError("query, key and value must have 4 dimensions")
+        raise InputRefusedError("query, key and value must have 4 dimensions")
     batch, heads, _, head_dim = query.shape
     keys = key.shape[2]
     check_shape("key", key, (batch, heads, keys, head_dim))
     check_shape("value", value, (batch, heads, keys, value.shape[3]))
     if 0 in query.shape or 0 in key.shape:
-        raise InputError(
+        raise InputRefusedError(
             f"query has shape {tuple(query.shape)} and key {tuple(key.shape)}, "
             "expected no empty dimension"
         )
     _check_width("query", query)
     _check_width("value", value)
     if not query.dtype == key.dtype == value.dtype:
-        raise TypeError("query, key and value must have one dtype")
+        raise DtypeRefusedError("query, key and value must have one dtype")
     _check_dtype("query", query)
 
 
@@ -132,7 +144,7 @@ def _check_teacher(
     averaged: bool,
 ) -> None:
     if len(teacher_query.shape) != 4 or len(teacher_key.shape) != 4:
-        raise InputError("teacher_query and teacher_key must have 4 dimensions")
+        raise InputRefusedError("teacher_query and teacher_key must have 4 dimensions")
     batch, heads, rows, _ = query.shape
     heads = teacher_query.shape[1] if averaged else heads
     group = max(1, teacher_key.shape[2] // key.shape[2])
@@ -140,7 +152,7 @@ def _check_teacher(
     check_shape("teacher_query", teacher_query, (batch, heads, rows, width))
     check_shape("teacher_key", teacher_key, (batch, heads, group * key.shape[2], width))
     if 0 in teacher_query.shape:
-        raise InputError(
+        raise InputRefusedError(
             f"teacher_query has shape {tuple(teacher_query.shape)}, expected no empty dimension"
         )
     _check_width("teacher_query", teacher_query)
@@ -149,7 +161,7 @@ def _check_teacher(
     if teacher_lse is not None:
         check_shape("teacher_lse, a per-row tensor,", teacher_lse, (batch, heads, rows))
         if teacher_lse.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"teacher_lse is {teacher_lse.dtype}, expected torch.float32")
+            raise DtypeRefusedError(f"teacher_lse is {teacher_lse.dtype}, expected torch.float32")
 
 
 def _check_mask(mask: Layout, query: Layout, key: Layout, teacher_query: Layout | None) -> None:
@@ -158,14 +170,16 @@ def _check_mask(mask: Layout, query: Layout, key: Layout, teacher_query: Layout 
         size in (1, want) for size, want in zip(reversed(mask.shape), reversed(full), strict=False)
     )
     if not fits:
-        raise InputError(
+        raise InputRefusedError(
             f"attn_mask has shape {tuple(mask.shape)}, expected one that broadcasts to {full}"
         )
-    if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
-        raise TypeError(f"attn_mask is {mask.dtype}, expected torch.bool or a floating dtype")
+    if mask.dtype != torch.bool and mask.dtype not in DTYPES:
+        raise DtypeRefusedError(
+            f"attn_mask is {mask.dtype}, expected torch.bool or a floating dtype"
+        )
     one_for_all = mask_strides(mask)[1] == 0
     if teacher_query is not None and teacher_query.shape[1] != query.shape[1] and not one_for_all:
-        raise InputError(
+        raise InputRefusedError(
             f"attn_mask has shape {tuple(mask.shape)}, expected one mask for all heads where "
             "teacher and student have different numbers of them"
         )
@@ -173,24 +187,26 @@ def _check_mask(mask: Layout, query: Layout, key: Layout, teacher_query: Layout 
 
 def _check_seed(seed: Layout | None) -> None:
     if seed is None or seed.dtype != torch.int64 or seed.shape != (2,):
-        raise InputError("dropout_p > 0 needs a dropout_seed of int64 [2]")
+        raise InputRefusedError("dropout_p > 0 needs a dropout_seed of int64 [2]")
 
 
 def _check_options(options: Options) -> None:
     if options.divergence not in DIVERGENCES:
-        raise InputError(f"divergence '{options.divergence}' is unknown")
+        raise InputRefusedError(f"divergence '{options.divergence}' is unknown")
     if options.head_reduction not in HEAD_REDUCTIONS:
-        raise InputError(f"head_reduction '{options.head_reduction}' is unknown")
+        raise InputRefusedError(f"head_reduction '{options.head_reduction}' is unknown")
     if not 0.0 <= options.dropout_p < 1.0:
-        raise InputError(f"dropout_p is {options.dropout_p}, expected a probability in [0, 1)")
+        raise InputRefusedError(
+            f"dropout_p is {options.dropout_p}, expected a probability in [0, 1)"
+        )
 
 
 def _check_width(name: str, layout: Layout) -> None:
     widest = triton_widest(layout.device)
     if layout.shape[3] > widest:
-        raise InputError(f"{name} has width {layout.shape[3]}, expected at most {widest}")
+        raise InputRefusedError(f"{name} has width {layout.shape[3]}, expected at most {widest}")
 
 
 def _check_dtype(name: str, layout: Layout) -> None:
     if layout.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(f"{name} is {layout.dtype}, expected float32, bfloat16 or float16")
+        raise DtypeRefusedError(f"{name} is {layout.dtype}, expected float32, bfloat16 or float16")

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from attn_kd.errors import InputError
-from attn_kd.ops import fake, triton_autograd
+from attn_kd.ops import fake, triton_autograd, triton_installation
 from attn_kd.ops.arguments import Operands, Options
-from attn_kd.ops.backends import interprets_triton
+from attn_kd.ops.backends import interprets_triton, machine_refusal
 from attn_kd.ops.triton_layouts import check_device, check_shape
-from attn_kd.ops.triton_problem import Problem, in_reach, make_problem, row_values
+from attn_kd.ops.triton_problem import Problem, in_reach, make_problem, row_values, writable
 
 # As in csrc/library.cpp; tests/ops/test_triton_operator.py compares the two.
 FORWARD_SCHEMA = (
@@ -55,16 +55,19 @@ def forward(*arguments: Any) -> Results:
         torch.empty_strided(shape, strides, dtype=dtype, device=query.device)
         for shape, strides, dtype in problem.facts.results
     )
+    written = writable(output)
     with _device_of(query):
         if problem.facts.two_pass:
             from attn_kd.ops.triton_two_pass import two_pass_forward
 
-            two_pass_forward(problem, output, kl, lse, own_teacher_lse, state)
+            two_pass_forward(problem, written, kl, lse, own_teacher_lse, state)
         else:
             from attn_kd.ops.triton_launch import forward_launch
 
             computed = own_teacher_lse if own_teacher_lse.numel() else None
-            forward_launch(problem, output, kl, lse, computed, None, state).run()
+            forward_launch(problem, written, kl, lse, computed, None, state).run()
+        if written is not output:
+            output.copy_(written)
     return output, kl, lse, own_teacher_lse, state
 
 
@@ -87,16 +90,15 @@ def backward(
 ) -> Gradients:
     """The backward operator likewise."""
     _check_device(query)
+    if grad_kl is not None and grad_kl.shape == (0,):
+        grad_kl = None
     # Without a gradient of the divergence this is plain attention's backward.
     teacher = (teacher_query, teacher_key, teacher_lse) if grad_kl is not None else (None,) * 3
     operands = Operands(query, key, value, *teacher, attn_mask, dropout_seed)
     problem = make_problem(operands, Options(*options))
     arriving = _arriving(problem, grad_output, grad_kl, grad_lse, output, row_state)
-    grads = fake.attention_kl_backward(None, None, None, query, key, value)
-    if arriving.grad_output is None:
-        grads[2].zero_()
-    of_query, of_keys = output_mask[0], output_mask[1] or output_mask[2]
-    written = (grads[0] if of_query else None, grads[1] if of_keys else None, grads[2])
+    grads = fake.gradients(query, key, value, output_mask)
+    written = _written(problem, arriving, grads, output_mask)
     with _device_of(query):
         if problem.facts.two_pass:
             from attn_kd.ops.triton_two_pass import two_pass_backward
@@ -108,7 +110,34 @@ def backward(
             constants = torch.empty_like(arriving.row_state)
             for launch in backward_launches(problem, arriving, constants, *written):
                 launch.run()
-    return _only(grads, output_mask)
+        for grad, result, is_wanted in zip(grads, written, output_mask, strict=True):
+            if is_wanted and result is None:
+                grad.zero_()
+            elif is_wanted and result is not grad:
+                grad.copy_(result)
+    return grads
+
+
+def _written(
+    problem: Problem, arriving: Any, grads: Gradients, wanted: tuple[bool, ...]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """What the kernels write: the gradients that are wanted, or copies of them in reach.
+
+    That of the key and that of the value come from one kernel, so that either alone takes a scratch
+    for the other; without a gradient of the output that of the value is zero, and not computed.
+    """
+    query, key, value, *_ = problem.operands
+    of_query, of_key, of_value = wanted
+    of_value = of_value and arriving.grad_output is not None
+    of_keys = of_key or of_value
+    computed = (of_query, of_keys, of_keys and arriving.grad_output is not None)
+    grad_query, grad_key, grad_value = (
+        None if not is_computed else writable(grad if is_wanted else torch.empty_like(tensor))
+        for tensor, grad, is_wanted, is_computed in zip(
+            (query, key, value), grads, wanted, computed, strict=True
+        )
+    )
+    return grad_query, grad_key, grad_value
 
 
 def _arriving(
@@ -153,24 +182,24 @@ def _arriving(
 def _fake_backward(
     *arguments: Any, output_mask: tuple[bool, ...] = (True, True, True)
 ) -> Gradients:
-    return _only(fake.attention_kl_backward(*arguments), output_mask)
-
-
-def _only(grads: Gradients, wanted: tuple[bool, ...]) -> Gradients:
-    of_query, of_key, of_value = (
-        grad if is_wanted else grad.new_empty(0)
-        for grad, is_wanted in zip(grads, wanted, strict=True)
-    )
-    return of_query, of_key, of_value
+    query, key, value = arguments[3:6]
+    return fake.gradients(query, key, value, output_mask)
 
 
 def _check_device(query: Tensor) -> None:
     """Refuse what no kernel can read; tensors without data may describe a launch."""
-    if query.device.type not in ("cuda", "meta") and not interprets_triton():
+    device = query.device
+    if device.type not in ("cuda", "meta") and not interprets_triton():
         raise InputError(
-            f"query is on {query.device}, expected a CUDA device: Triton runs elsewhere only where "
+            f"query is on {device}, expected a CUDA device: Triton runs elsewhere only where "
             "TRITON_INTERPRET=1 is set"
         )
+    if device.type == "meta":
+        reason = triton_installation.missing_reason()
+    else:
+        reason = machine_refusal("triton", device.type, device.index)
+    if reason is not None:
+        raise InputError(f"the Triton kernels cannot run here: {reason}")
 
 
 def _device_of(tensor: Tensor) -> Any:

@@ -35,7 +35,7 @@ from attn_kd.ops.triton_launch import (
     student_of,
     teacher_of,
 )
-from attn_kd.ops.triton_problem import Problem
+from attn_kd.ops.triton_problem import Problem, writable
 
 # Slopes of averaged maps that are stored at a time: 8 MiB of float32, a fifth of the L2 cache of an
 # A100, and 1.5 % of one stored map of 8 heads and 4200 tokens. A square region of so many gives 8
@@ -111,13 +111,13 @@ def two_pass_backward(
     arriving: Arriving,
     grad_query: Tensor | None,  # [B, H, Lq, D], None where it is not wanted
     grad_key: Tensor | None,  # [B, H, Lk, D], None where neither it nor grad_value is wanted
-    grad_value: Tensor,  # [B, H, Lk, Dv], written with grad_key, but not without a grad_output
+    grad_value: Tensor | None,  # [B, H, Lk, Dv]; there with grad_key if there is a grad_output
 ) -> None:
     """Fill in the gradients."""
     facts, teacher_lse, row_state = problem.facts, arriving.teacher_lse, arriving.row_state
     assert teacher_lse is not None
     if grad_query is None:  # its kernel leaves the offsets of rows to the other
-        grad_query = torch.empty_like(problem.operands.query)
+        grad_query = writable(torch.empty_like(problem.operands.query))
     value_dim = 0 if arriving.grad_output is None else facts.value_dim
     arguments = _shared(problem, teacher_lse, row_state)
     rows, keys = (
@@ -131,7 +131,7 @@ def two_pass_backward(
     scratch = _scratch(regions, unit, row_state) if facts.average_heads else None
 
     # What regions add to is kept in float32.
-    grads_of_keys = [] if grad_key is None else [grad_key, grad_value][: 1 + (value_dim > 0)]
+    grads_of_keys = [grad for grad in (grad_key, grad_value) if grad is not None]
     row_sums = _sums([grad_query], any(region.key for region in regions))
     key_sums = _sums(grads_of_keys, any(region.query for region in regions))
     _add_gradients(rows, keys, problem, arriving, row_sums, key_sums)
