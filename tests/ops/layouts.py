@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -56,3 +58,18 @@ LAYOUTS = (
     columns_first,
     reversed_dims,
 )
+
+
+def far_apart(x: Tensor, dim: int, path: Path) -> Tensor:
+    """The same values with a stride along one dimension by which the last is 2^31 elements away.
+
+    They are mapped from a file at `path` that is nearly all holes.
+    """
+    if x.shape[dim] == 1:
+        return x
+    stride = -(-(2**31) // (x.shape[dim] - 1) // 8) * 8
+    strides = [*x.contiguous().stride()]
+    strides[dim] = stride
+    extent = 1 + sum((n - 1) * s for n, s in zip(x.shape, strides, strict=True))
+    memory = torch.from_file(str(path), shared=True, size=extent, dtype=x.dtype)
+    return memory.as_strided(x.shape, strides).copy_(x)

@@ -118,12 +118,19 @@ def test_empty_everywhere(empty):
         attn_kd.attention_kl(*random_inputs(SIZES._replace(**{empty: 0})))
 
 
+def test_an_unknown_backend():
+    with pytest.raises(InputError, match=r"backend='cudnn' is unknown; expected .*reference"):
+        call(backend="cudnn")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"divergence": "kl"}, "divergence='kl' is unknown; expected one of .*reverse_kl"),
+        ({"divergence": None}, "divergence=None is unknown"),
+        ({"divergence": 3}, "divergence=3 is unknown"),
         ({"head_reduction": "sum"}, "head_reduction='sum' is unknown"),
-        ({"backend": "cudnn"}, "backend='cudnn' is unknown; expected one of .*reference"),
+        ({"head_reduction": None}, "head_reduction=None is unknown"),
         ({"scale": float("nan")}, "scale=nan"),
         ({"scale": float("inf")}, "scale=inf"),
         ({"scale": 1e300}, r"scale=1e\+300"),
@@ -131,14 +138,17 @@ def test_empty_everywhere(empty):
         ({"dropout_p": -0.1}, "dropout_p=-0.1"),
         ({"dropout_p": 1.0}, "dropout_p=1.0"),
         ({"dropout_p": float("nan")}, "dropout_p=nan"),
+        ({"dropout_p": None}, "dropout_p=None"),
+        ({"attn_mask": zeros(Lq, Lk, dtype=torch.int32)}, "attn_mask is torch.int32"),
+        ({"attn_mask": zeros(Lq, Lk).to(torch.float8_e4m3fn)}, "attn_mask is torch.float8_e4m3fn"),
     ],
     ids=lambda value: (
         "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else ""
     ),
 )
-def test_options(options, message):
+def test_options(backend, options, message):
     with pytest.raises(InputError, match=message):
-        call(**options)
+        call(**options, backend=backend)
 
 
 MEAN = {"head_reduction": "mean"}

@@ -133,6 +133,26 @@ def test_what_python_raises_on_the_way_comes_out(backend):
 
 
 @by_kernels
+@pytest.mark.parametrize("error", [TypeError, InputError], ids=lambda kind: kind.__name__)
+def test_what_is_raised_on_the_way_is_no_refusal(backend, error):
+    """The call is not made a second time, which would run its hooks again."""
+    saved = []
+
+    def hook(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        raise error("from a hook")
+
+    inputs = random_inputs(SIZES)
+    inputs.query.requires_grad_()
+    with (
+        torch.autograd.graph.saved_tensors_hooks(hook, lambda tensor: tensor),
+        pytest.raises(error, match="from a hook"),
+    ):
+        call(*inputs, backend=backend)
+    assert len(saved) == 1
+
+
+@by_kernels
 def test_tensors_of_two_devices_in_inference_mode(backend):
     """There no Autograd kernel looks at the devices first."""
     inputs = random_inputs(SIZES)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 
@@ -86,6 +89,67 @@ def test_rows_that_are_far_apart_are_copied():
     far = torch.empty(1, device="meta").as_strided((1, 1, 4, 8), (0, 0, 2**23, 1))
     assert in_reach(near) is near and in_reach(far).is_contiguous()
     assert in_reach(near, group=2).is_contiguous()
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "js"])
+@pytest.mark.parametrize(
+    "sizes",
+    [(256, 4096, 64, 128), (1024, 1, 2**17, 128)],
+    ids=["rows beside a large batch", "rows beside many heads"],
+)
+def test_tiles_are_within_reach_of_32_bits(monkeypatch, divergence, sizes):
+    """Operands, results and gradients, where all are laid out as nn.MultiheadAttention does."""
+    launches = launches_of(monkeypatch, sizes, divergence)
+    assert len(launches) >= 4
+    for launched in launches:
+        for name, operand in operands_of(launched):
+            assert operand.row_stride * 255 < 2**31, (launched.kernel.__name__, name)
+
+
+def launches_of(monkeypatch, sizes: tuple[int, ...], divergence: str) -> list:
+    """What a call and its backward pass launch, on [L, B, H, D] tensors without data."""
+    from attn_kd.ops import triton_launch, triton_operator
+
+    launches = []
+    monkeypatch.setattr(triton_launch.Launch, "run", lambda launch: launches.append(launch))
+    x = torch.empty(sizes, dtype=torch.bfloat16, device="meta").permute(1, 2, 0, 3)
+    options = Options(divergence=divergence)
+    output, kl, _, teacher_lse, state = triton_operator.forward(*Operands(x, x, x, x, x), *options)
+    saved = (x, x, x, x, x, None, None, output, teacher_lse, state)
+    triton_operator.backward(output, kl, None, *saved, *options)
+    return launches
+
+
+def operands_of(launched) -> list:
+    """The [B, H, L, width] operands of a launch by the names of arguments."""
+    from attn_kd.kernels.triton.operands import Operand
+
+    found = []
+    for name, argument in launched.arguments.items():
+        parts = argument if isinstance(argument, tuple) else ()
+        parts = (argument,) if isinstance(argument, Operand) else parts
+        found += [(name, x) for x in parts if isinstance(x, Operand) and x.data is not None]
+    return found
+
+
+@pytest.fixture
+def matmul() -> Iterator[Any]:
+    """torch.backends.cuda.matmul, whose fp32_precision a test may change."""
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    yield settings
+    settings.fp32_precision = before
+
+
+def test_products_of_float32_are_as_exact_as_those_of_matmul(matmul):
+    """Also where that changes between two calls of a kind."""
+    from attn_kd.ops.triton_launch import make_variant
+
+    problem = problem_with()
+    for setting in ("ieee", "tf32", "ieee"):
+        matmul.fp32_precision = setting
+        variant, _ = make_variant("forward", problem, value_dim=problem.facts.value_dim)
+        assert variant.precision.value == setting
 
 
 def test_calls_of_a_kind_share_what_is_known_of_them():

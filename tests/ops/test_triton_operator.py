@@ -16,6 +16,7 @@ from attn_kd.ops.arguments import Operands, Options
 from tests.conftest import HAS_GPU
 from tests.ops.cases import DIVERGENCES
 from tests.ops.conftest import require_backend
+from tests.ops.layouts import far_apart
 from tests.ops.test_operators import KINDS, forward_arguments
 from tests.ops.test_operators import REFUSED as REFUSED_BY_ALL
 
@@ -135,6 +136,22 @@ def test_kernels_run_for_gradients_that_are_wanted_alone(monkeypatch, mask):
     assert (triton_launch.backward_keys_kernel in kernels) == (of_key or of_value)
 
 
+@every_mode
+def test_an_empty_gradient_of_the_divergence_is_none(options):
+    of_output, _, *rest = backward_arguments("key padding", options)
+    for grad, expected in zip(
+        BACKWARD(of_output, torch.empty(0), *rest), BACKWARD(of_output, None, *rest), strict=True
+    ):
+        assert torch.equal(grad, expected)
+
+
+@pytest.mark.parametrize("mask", [(False, False, True), (True, True, True)], ids=named)
+def test_the_value_of_an_output_that_nobody_differentiates_has_a_gradient_of_zero(mask):
+    _, *rest = backward_arguments("teacher", Options())
+    grad_value = BACKWARD(None, *rest, output_mask=mask)[2]
+    assert torch.equal(grad_value, torch.zeros_like(rest[4]))
+
+
 def test_opcheck_of_some_gradients():
     arguments = backward_arguments("teacher", Options())
     opcheck(BACKWARD.default, arguments, {"output_mask": [False, True, True]})
@@ -162,6 +179,22 @@ def test_the_operator_under_torch_func():
     actual = torch.func.grad(loss, argnums=(0, 1))(*arguments[:2])
     for grad, wanted in zip(actual, expected, strict=True):
         assert torch.equal(grad, wanted)
+
+
+@pytest.mark.parametrize("options", [MODES["one pass"], MODES["head averages"]], ids=["", "mean"])
+@pytest.mark.parametrize("dim", range(3), ids=["batch", "heads", "length"])
+def test_offsets_beyond_32_bits(tmp_path, dim, options):
+    """Of all that is [B, H, L, width]: operands, output and what arrives at it; of the mask too."""
+    inputs = backward_arguments("key padding", options)
+    *tensors, row_state = inputs[:13]
+    far = [
+        x if x is None or x.dim() < 4 else far_apart(x, dim, tmp_path / str(position))
+        for position, x in enumerate(tensors)
+    ]
+    for actual, expected in zip(
+        BACKWARD(*far, row_state, *options), BACKWARD(*inputs), strict=True
+    ):
+        assert torch.equal(actual, expected)
 
 
 REFUSED = """
