@@ -53,7 +53,8 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
         *INSTRUCTION_SETS["avx2"],
         "-mprefer-vector-width=512",
-        # GCC 12 gives these for its own intrinsics, by the hundred; other instruction sets keep them.
+        # GCC 12 gives these for its own intrinsics, by the hundred; other instruction sets keep
+        # them.
         *("-Wno-maybe-uninitialized", "-Wno-uninitialized"),
     ]
     INSTRUCTION_SETS["avx512_bf16"] = [*INSTRUCTION_SETS["avx512"], "-mavx512bf16"]
