@@ -90,9 +90,9 @@ def backward(
 ) -> Gradients:
     """The backward operator likewise."""
     _check_device(query)
+    # Without a gradient of the divergence, or with an empty one, it is that of plain attention.
     if grad_kl is not None and grad_kl.shape == (0,):
         grad_kl = None
-    # Without a gradient of the divergence this is plain attention's backward.
     teacher = (teacher_query, teacher_key, teacher_lse) if grad_kl is not None else (None,) * 3
     operands = Operands(query, key, value, *teacher, attn_mask, dropout_seed)
     problem = make_problem(operands, Options(*options))
@@ -111,9 +111,11 @@ def backward(
             for launch in backward_launches(problem, arriving, constants, *written):
                 launch.run()
         for grad, result, is_wanted in zip(grads, written, output_mask, strict=True):
-            if is_wanted and result is None:
+            if not is_wanted:
+                continue
+            if result is None:
                 grad.zero_()
-            elif is_wanted and result is not grad:
+            elif result is not grad:
                 grad.copy_(result)
     return grads
 
@@ -121,10 +123,10 @@ def backward(
 def _written(
     problem: Problem, arriving: Any, grads: Gradients, wanted: tuple[bool, ...]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """What the kernels write: the gradients that are wanted, or copies of them in reach.
+    """Where kernels write the gradients: in place, or into scratches where they are out of reach.
 
-    That of the key and that of the value come from one kernel, so that either alone takes a scratch
-    for the other; without a gradient of the output that of the value is zero, and not computed.
+    Those of key and value come from one kernel, so that either alone takes a scratch for the other.
+    None is not computed: without a gradient of the output that of the value is zero.
     """
     query, key, value, *_ = problem.operands
     of_query, of_key, of_value = wanted

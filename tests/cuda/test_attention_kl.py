@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ from tests.ops.cases import (
     random_inputs,
 )
 from tests.ops.explicit import teacher_lse
-from tests.ops.layouts import heads_after_length, packed
+from tests.ops.layouts import far_apart, heads_after_length, packed
 
 HEAD_DIMS = (32, 64)
 DTYPES = (torch.bfloat16, torch.float16)
@@ -194,19 +193,6 @@ def test_offsets_beyond_32_bits(gpu, dim, tmp_path):
     far = Inputs(*(far_apart(x, dim, tmp_path / f"{i}") for i, x in enumerate(inputs)))
     far_mask = far_apart(mask, 3 if dim == 2 else dim, tmp_path / "mask")
     assert_equal(gpu.run(far, cotangents, attn_mask=far_mask), expected)
-
-
-def far_apart(x: Tensor, dim: int, path: Path) -> Tensor:
-    """The same values with a stride along one dimension by which the last is 2^31 elements away.
-
-    They are mapped from a file that is nearly all holes.
-    """
-    stride = -(-(2**31) // (x.shape[dim] - 1) // 8) * 8
-    strides = [*x.contiguous().stride()]
-    strides[dim] = stride
-    extent = 1 + sum((n - 1) * s for n, s in zip(x.shape, strides, strict=True))
-    memory = torch.from_file(str(path), shared=True, size=extent, dtype=x.dtype)
-    return memory.as_strided(x.shape, strides).copy_(x)
 
 
 def test_mask_of_every_other_entry(gpu):

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from attn_kd.ops import fake
 from attn_kd.ops.arguments import Operands, Options
 from attn_kd.ops.triton_problem import in_reach, make_problem
 from tests.ops.cases import Sizes, random_inputs
 from tests.ops.conftest import require_backend
+from tests.ops.live_memory import LiveMemory
 
 SIZES = Sizes(B=2, H=3, Lq=5, Lk=7)
 
@@ -106,18 +110,56 @@ def test_tiles_are_within_reach_of_32_bits(monkeypatch, divergence, sizes):
             assert operand.row_stride * 255 < 2**31, (launched.kernel.__name__, name)
 
 
+@pytest.mark.parametrize("divergence", ["reverse_kl", "js"])
+@pytest.mark.parametrize("wanted", [*itertools.product([False, True], repeat=3)], ids=str)
+def test_gradients_that_nobody_wants_take_no_memory(monkeypatch, divergence, wanted):
+    """But that of a key takes that of its value and the reverse, and two passes a scratch."""
+    sizes = (100, 2, 3, 16)
+    x = without_data(sizes)
+    of_query, of_key, of_value = wanted
+    spared = x.nbytes * (not of_query and divergence != "js")
+    spared += 2 * x.nbytes * (not of_key and not of_value)
+    everything, some = (
+        memory_of_backward(monkeypatch, sizes, divergence, mask) for mask in ((True,) * 3, wanted)
+    )
+    assert everything - some == spared
+
+
+def memory_of_backward(
+    monkeypatch, sizes: tuple[int, ...], divergence: str, wanted: tuple[bool, ...]
+) -> int:
+    """The most bytes that a backward pass has allocated at a time, its results among them."""
+    backward, _ = backward_and_launches(monkeypatch, sizes, divergence)
+    with LiveMemory() as memory:
+        backward(output_mask=wanted)
+    return memory.peak
+
+
 def launches_of(monkeypatch, sizes: tuple[int, ...], divergence: str) -> list:
-    """What a call and its backward pass launch, on [L, B, H, D] tensors without data."""
+    """What a call and its backward pass launch."""
+    backward, launches = backward_and_launches(monkeypatch, sizes, divergence)
+    backward()
+    return launches
+
+
+def backward_and_launches(
+    monkeypatch, sizes: tuple[int, ...], divergence: str
+) -> tuple[Callable[..., Any], list]:
+    """The backward pass of a call without data, and a list of what is launched from then on."""
     from attn_kd.ops import triton_launch, triton_operator
 
     launches = []
     monkeypatch.setattr(triton_launch.Launch, "run", lambda launch: launches.append(launch))
-    x = torch.empty(sizes, dtype=torch.bfloat16, device="meta").permute(1, 2, 0, 3)
-    options = Options(divergence=divergence)
+    x, options = without_data(sizes), Options(divergence=divergence)
     output, kl, _, teacher_lse, state = triton_operator.forward(*Operands(x, x, x, x, x), *options)
     saved = (x, x, x, x, x, None, None, output, teacher_lse, state)
-    triton_operator.backward(output, kl, None, *saved, *options)
-    return launches
+    backward = functools.partial(triton_operator.backward, output, kl, None, *saved, *options)
+    return backward, launches
+
+
+def without_data(sizes: tuple[int, ...]) -> Tensor:
+    """[B, H, L, D] as projections of [L, B, H * D] are split into heads."""
+    return torch.empty(sizes, dtype=torch.bfloat16, device="meta").permute(1, 2, 0, 3)
 
 
 def operands_of(launched) -> list:
@@ -176,11 +218,18 @@ def test_calls_of_other_layouts_do_not(change):
 
 
 @pytest.mark.parametrize("options", [Options(), Options(head_reduction="mean")], ids=["", "mean"])
-@pytest.mark.parametrize("given", [False, True], ids=["computes teacher_lse", "given teacher_lse"])
-def test_results_are_what_tracing_says(options, given):
-    operands = Operands(*random_inputs(SIZES, torch.bfloat16))
-    if given:
-        operands = operands._replace(teacher_lse=torch.zeros(operands.query.shape[:3]))
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x,
+        lambda x: x._replace(teacher_lse=torch.zeros(x.query.shape[:3])),
+        lambda x: Operands(*x[:3]),
+        lambda x: x._replace(value=x.value[..., :0]),
+    ],
+    ids=["computes teacher_lse", "given teacher_lse", "without a teacher", "without a value"],
+)
+def test_results_are_what_tracing_says(options, change):
+    operands = change(Operands(*random_inputs(SIZES, torch.bfloat16)))
     traced = fake.attention_kl_forward(*operands, *options)
     layouts = [(result.shape, result.stride(), result.dtype) for result in traced]
     assert [*make_problem(operands, options).facts.results] == layouts

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from attn_kd.ops import triton_layouts, triton_problem
 from attn_kd.ops.arguments import Operands, Options
 from tests.conftest import HAS_GPU
 from tests.ops.cases import DIVERGENCES
@@ -181,6 +182,22 @@ def test_the_operator_under_torch_func():
         assert torch.equal(grad, wanted)
 
 
+@every_mode
+def test_results_that_are_out_of_reach(monkeypatch, options):
+    """The output, and a gradient laid out as a view is, where rows 5 elements apart are too far."""
+    arguments = {
+        FORWARD: forward_arguments("views", options),
+        BACKWARD: backward_arguments("views", options),
+    }
+    expected = [operator(*inputs) for operator, inputs in arguments.items()]
+    monkeypatch.setattr(triton_layouts, "FARTHEST_ROW", 5)
+    monkeypatch.setattr(triton_problem, "_facts", triton_problem._facts.__wrapped__)
+    actual = [operator(*inputs) for operator, inputs in arguments.items()]
+    assert actual[0][0].stride(2) >= 5 and actual[1][0].stride(2) >= 5
+    for result, wanted in zip(itertools.chain(*actual), itertools.chain(*expected), strict=True):
+        assert torch.equal(result, wanted) and result.stride() == wanted.stride()
+
+
 @pytest.mark.parametrize("options", [MODES["one pass"], MODES["head averages"]], ids=["", "mean"])
 @pytest.mark.parametrize("dim", range(3), ids=["batch", "heads", "length"])
 def test_offsets_beyond_32_bits(tmp_path, dim, options):
@@ -212,11 +229,31 @@ except attn_kd.InputError as error:
 """
 
 
+def printed_by(program: str) -> list[str]:
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
 def test_tensors_of_the_cpu_are_refused_without_the_interpreter(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    done = subprocess.run(
-        [sys.executable, "-c", REFUSED], capture_output=True, text=True, check=True
-    )
-    by_function, by_operator = done.stdout.splitlines()
+    by_function, by_operator = printed_by(REFUSED)
     assert "backend='triton' cannot run here" in by_function
     assert "TRITON_INTERPRET=1" in by_operator
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None  # as if it were not installed
+import torch, attn_kd
+from attn_kd.ops import triton_operator
+q = torch.empty(1, 1, 4, 8, device="meta")
+try:
+    triton_operator.forward(q, q, q, *[None] * 7, "reverse_kl", "none", 0.0)
+except attn_kd.InputError as error:
+    print(error)
+"""
+
+
+def test_the_operator_without_triton():
+    (message,) = printed_by(WITHOUT_TRITON)
+    assert "Triton cannot be imported" in message
