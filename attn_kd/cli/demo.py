@@ -106,7 +106,9 @@ def run(args: argparse.Namespace) -> int:
         runs = comparison.run(stages)
         memory = measure_memory(stages, size.memory_tokens)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("the same command with --resume goes on from here") from None
+        raise KeyboardInterrupt(
+            f"attn-kd demo --out {args.out} --resume, with the options given, goes on from here"
+        ) from None
     results = Results(
         runs,
         evaluated_on=f"{size.test_clips} simulated clips of unseen seeds",
