@@ -60,6 +60,8 @@ _PASSED_BY = {
     "forward": "block_k",
     "backward_keys": "block_q",
     "backward_rows": "block_k",
+    "group_slopes": "block_k",
+    "two_pass_forward": "block_k",
     "two_pass_backward_keys": "block_q",
     "two_pass_backward_rows": "block_k",
 }
@@ -88,7 +90,7 @@ _HALF = {
     ("two_pass_forward", 128): Tiling(64, 32, 4, 2),
     ("two_pass_forward", 256): Tiling(32, 32, 8, 1),
     ("two_pass_backward_keys", 32): Tiling(32, 64, 4, 2),
-    ("two_pass_backward_keys", 64): Tiling(16, 64, 4, 2),
+    ("two_pass_backward_keys", 64): Tiling(16, 64, 4, 3),
     ("two_pass_backward_keys", 128): Tiling(16, 64, 4, 2),
     ("two_pass_backward_keys", 256): Tiling(32, 32, 8, 1),
     ("two_pass_backward_rows", 32): Tiling(64, 32, 4, 2),
@@ -158,15 +160,21 @@ def tiling(
     chosen = (_HALF if itemsize == 2 else _FLOAT)[kernel, width]
     if itemsize == 2:
         chosen = _with_fewer_registers(chosen, kernel, width, architecture, extras)
-    if (
-        itemsize == 2
-        and _generation(architecture) in (9, 10)
-        and kernel in ("forward", "backward_rows")
-    ):
-        # Elsewhere what two loops multiply stays in registers: on sm_80 the forward pass at a width
-        # of 32 took 161 of them, and 128, for twice the resident warps, with one loop.
-        chosen = chosen._replace(last_apart=True)
+        chosen = chosen._replace(last_apart=_computes_last_apart(kernel, width, architecture))
     return _with_more_programs(chosen, kernel, architecture, heads, length)
+
+
+def _computes_last_apart(kernel: str, width: int, architecture: int) -> bool:
+    """Whether two loops, of whole tiles and of the last, fit the registers.
+
+    What both multiply stays there: on sm_80 the forward pass at a width of 32 took 161 registers
+    so, and takes 128, for twice the resident warps, with one loop. On sm_100 that of plain
+    attention would spill.
+    """
+    generation = _generation(architecture)
+    if generation not in (9, 10) or kernel not in ("forward", "backward_rows"):
+        return False
+    return (kernel, width, generation) != ("forward", 32, 10)
 
 
 def _generation(architecture: int) -> int:
@@ -181,15 +189,22 @@ def _with_fewer_registers(
 
     On sm_80 and consumer GPUs tensor cores take every operand from registers.
     """
-    axis = _PASSED_BY.get(kernel)
-    heavy = width >= 64 and extras.mask_of_pairs and extras.dropout
-    if _generation(architecture) not in (9, 10):
-        heavy = width >= 128 or (width == 64 and (extras.mask_of_pairs or extras.js))
-    if not heavy or axis is None:
+    if not _is_heavy(kernel, width, _generation(architecture), extras):
         return chosen
+    axis = _PASSED_BY[kernel]
     if kernel == "backward_keys" and extras.mask_of_pairs and extras.dropout:
         chosen = chosen._replace(num_stages=1)
     return chosen._replace(**{axis: max(16, getattr(chosen, axis) // 2)})
+
+
+def _is_heavy(kernel: str, width: int, generation: int, extras: Extras) -> bool:
+    """Whether a variant would spill by the tables' own tilings."""
+    pairs, dropout, js = extras
+    if kernel in ("group_slopes", "two_pass_forward"):
+        return pairs
+    if generation in (9, 10):
+        return pairs and ((width >= 64 and (dropout or generation == 10)) or (dropout and js))
+    return width >= 128 or (width == 64 and (pairs or js))
 
 
 def _with_more_programs(

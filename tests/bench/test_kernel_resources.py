@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,7 @@ from bench.kernel_calls import CALLS
 from bench.kernel_resources import Row, table, work
 from bench.nvcc_cubins import SOURCES, nvcc
 
+RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results" / "kernel-resources.md"
 NEEDS = Resources(registers=128, stack_bytes=0, local_bytes=0, shared_bytes=40 * 1024)
 ROW = Row("triton", "one call", "a_kernel", 80, "64 × 32", 8, 2, True, NEEDS, "code for 80")
 
@@ -47,6 +49,20 @@ def test_of_both_16_bit_types_the_one_that_needs_more_is_shown():
     brain = needing(replace(ROW, kernel="a_kernel<BFloat16>", compiled="brain"), registers=130)
     (line,) = table([half, brain])[1:]
     assert line[0] == "`a_kernel<16 bits>`" and line[5] == "130 / – / –"
+
+
+def test_no_tuned_kernel_of_the_published_table_spills():
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in RESULTS.read_text().splitlines()
+        if line.startswith("| `")
+    ]
+    tuned = [line for line in lines if line[1].endswith(".cu") or CALLS[line[1]].tuned]
+    assert {"head_dim 32", "head_dim 64", *(path.name for path in SOURCES)} <= {
+        line[1] for line in tuned
+    }
+    stacks = {stack for line in tuned for stack in line[6].split(" / ")}
+    assert stacks - {"–"} == {"0"}
 
 
 def test_everything_is_compiled_for_every_architecture():
