@@ -161,6 +161,9 @@ def tiling(
     if itemsize == 2:
         chosen = _with_fewer_registers(chosen, kernel, width, architecture, extras)
         chosen = chosen._replace(last_apart=_computes_last_apart(kernel, width, architecture))
+    if _generation(architecture) == 10:
+        # Of the accumulator in tensor memory Triton 3.7 compiles no branch.
+        chosen = chosen._replace(rescale_above=0)
     return _with_more_programs(chosen, kernel, architecture, heads, length)
 
 
