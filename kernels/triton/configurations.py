@@ -66,6 +66,9 @@ _PASSED_BY = {
     "two_pass_backward_rows": "block_k",
 }
 
+# Whose loops load as far ahead with dropout and a mask of pairs as without.
+_STAGES_KEPT = ("backward_rows", "group_slopes", "two_pass_forward", "two_pass_backward_rows")
+
 # By kernel and class of width, for operands of 16 bits. Triton gives every warp rows of its own (or
 # keys, for the gradients of keys), 16 at least: more warps than that repeat each other.
 _HALF = {
@@ -195,8 +198,9 @@ def _with_fewer_registers(
     if not _is_heavy(kernel, width, _generation(architecture), extras):
         return chosen
     axis = _PASSED_BY[kernel]
-    if kernel == "backward_keys" and extras.mask_of_pairs and extras.dropout:
-        chosen = chosen._replace(num_stages=1)
+    crowded = extras.dropout and (extras.mask_of_pairs or kernel == "backward_keys")
+    if crowded and kernel not in _STAGES_KEPT:
+        chosen = chosen._replace(num_stages=max(1, chosen.num_stages - 1))
     return chosen._replace(**{axis: max(16, getattr(chosen, axis) // 2)})
 
 
@@ -204,10 +208,11 @@ def _is_heavy(kernel: str, width: int, generation: int, extras: Extras) -> bool:
     """Whether a variant would spill by the tables' own tilings."""
     pairs, dropout, js = extras
     if kernel in ("group_slopes", "two_pass_forward"):
-        return pairs
+        return pairs or (kernel == "group_slopes" and generation == 10)
     if generation in (9, 10):
         return pairs and ((width >= 64 and (dropout or generation == 10)) or (dropout and js))
-    return width >= 128 or (width == 64 and (pairs or js))
+    dropout = dropout and kernel == "backward_keys"
+    return width >= 128 or (width == 64 and (pairs or js or dropout)) or (pairs and dropout)
 
 
 def _with_more_programs(

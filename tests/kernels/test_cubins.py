@@ -36,7 +36,7 @@ LEAST_WARPS = 8
 BUSY_WARPS = 16
 BUSY = {
     80: {("forward", 32), ("backward_rows", 32)},
-    90: {*product(("forward", "backward_rows"), (32, 64)), ("backward_keys", 32)},
+    90: {*product(("forward", "backward_rows"), (32, 64))},
     100: {("forward", 32), *product(("backward_rows",), (32, 64))},
 }
 # sm_86, sm_89 and sm_120 run what is compiled as for sm_80, in 100 KiB of shared memory, of which
