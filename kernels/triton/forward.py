@@ -12,7 +12,7 @@ far below the highest logit; row_state has the origin that was used, and nothing
 Neither way has been timed on a GPU. To ask all rows of a block takes a maximum over its warps: as
 compiled, a tile of 128 x 32 pairs takes 317 instructions a thread where nothing is rescaled and 310
 where all is at head_dim 32 on sm_90 (374 and 356 on sm_80), but 349 and 359 at head_dim 64 (405 and
-396). So those of 64 and 128 do, by 2^8, but not on sm_100, where Triton 3.7 compiles no such branch;
+396). So those of 64 and 128 do, by 2^8, but not on sm_100, where Triton 3.7 compiles no such if;
 at 256 and in float32, whose registers spill either way, it was not looked into.
 """
 
