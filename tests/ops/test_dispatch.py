@@ -117,25 +117,14 @@ def test_dispatch_modes_see_the_operator_and_its_gradient(backend):
 
 
 @by_kernels
-def test_what_python_raises_on_the_way_comes_out(backend):
-    """Checkpoints end a recomputation by an exception in a hook on saved tensors."""
+@pytest.mark.parametrize(
+    "error", [StopIteration, TypeError, InputError], ids=lambda kind: kind.__name__
+)
+def test_what_python_raises_on_the_way_comes_out(backend, error):
+    """Checkpoints end a recomputation by an exception in a hook on saved tensors.
 
-    def stop(_tensor: Tensor) -> None:
-        raise StopIteration("enough")
-
-    inputs = random_inputs(SIZES)
-    inputs.query.requires_grad_()
-    with (
-        torch.autograd.graph.saved_tensors_hooks(stop, lambda tensor: tensor),
-        pytest.raises(StopIteration, match="enough"),
-    ):
-        call(*inputs, backend=backend)
-
-
-@by_kernels
-@pytest.mark.parametrize("error", [TypeError, InputError], ids=lambda kind: kind.__name__)
-def test_what_is_raised_on_the_way_is_no_refusal(backend, error):
-    """The call is not made a second time, which would run its hooks again."""
+    One of a refusal's type is none: the call is not made again, which would run the hooks again.
+    """
     saved = []
 
     def hook(tensor: Tensor) -> Tensor:
