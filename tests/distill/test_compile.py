@@ -75,6 +75,16 @@ def test_step_is_one_graph_before_backward(models):
     torch.testing.assert_close(actual, expected)
 
 
+def explain(step, student, batch):
+    """What torch.compile makes of a step, whose gradients must be those of the step as it is."""
+    _, expected = take(step, student, batch)
+    student.zero_grad()
+    explained = torch._dynamo.explain(step)(batch)
+    actual = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+    torch.testing.assert_close(actual, expected)
+    return explained
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Dynamo")  # of what the detection loss calls
 def test_detection_loss_breaks_the_graph_but_the_operator_does_not(models):
@@ -90,11 +100,7 @@ def test_detection_loss_breaks_the_graph_but_the_operator_does_not(models):
             loss.backward()
             return loss.detach()
 
-        expected = take(step, student, batch)
-        student.zero_grad()
-        explained = torch._dynamo.explain(step)(batch)
-        actual = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
-    torch.testing.assert_close(actual, expected[1])
+        explained = explain(step, student, batch)
     detection_loss = Path(transformers.__file__).parent / "loss" / "loss_for_object_detection.py"
     for reason in explained.break_reasons:
         files = [Path(frame.filename) for frame in reason.user_stack]
@@ -116,11 +122,7 @@ def test_model_in_training_mode_breaks_the_graph_but_the_operator_does_not(model
             loss.backward()
             return loss.detach()
 
-        expected = take(step, student, batch)
-        student.zero_grad()
-        explained = torch._dynamo.explain(step)(batch)
-        actual = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
-    torch.testing.assert_close(actual, expected[1])
+        explained = explain(step, student, batch)
     model = Path(transformers.__file__).parent / "models" / "detr" / "modeling_detr.py"
     for reason in explained.break_reasons:
         where = Path(reason.user_stack[-1].filename)
