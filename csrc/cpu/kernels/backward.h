@@ -25,9 +25,6 @@ inline constexpr int64_t kBackwardKeys = 48;
 template <class Div, class T, class Lanes, class GradLanes>
 inline void grad_sweep(const T* logits, const T* teacher, const T* grad_probability, int64_t keys,
                        vec<T> offset, vec<T> slope, Lanes probability, GradLanes grad_logits) {
-  struct Both {
-    vec<T> p, ds;
-  };
   const auto next = [&](int64_t key) __attribute__((always_inline)) {
     const int64_t at = key * kPanel<T>;
     const vec<T> s = load(logits + at);
@@ -40,18 +37,9 @@ inline void grad_sweep(const T* logits, const T* teacher, const T* grad_probabil
       if constexpr (Div::kTeacherProbability) b = exp2<T>(t);
       ds = Div::grad_logit(p, b, s - t, dp, slope);
     }
-    return Both{p, ds};
+    return KeyOfMaps<T>{p, ds};
   };
-  int64_t key = 0;
-  for (; key + 1 < keys; key += 2) {
-    const Both one = next(key), two = next(key + 1);
-    probability.put(key, one.p, two.p);
-    grad_logits.put(key, one.ds, two.ds);
-  }
-  if (key == keys) return;
-  const Both last = next(key);
-  probability.put(key, last.p);
-  grad_logits.put(key, last.ds);
+  put_keys(keys, next, probability, grad_logits);
 }
 
 template <class Div, class Precision>

@@ -13,6 +13,28 @@ namespace attn_kd::ATTN_KD_ISA {
 
 using cpu::BackwardProblem;
 
+// P and dS at one key, of one vector of lanes.
+template <class T>
+struct KeyOfMaps {
+  vec<T> p, ds;
+};
+
+// Computes `next(key)`, a KeyOfMaps, for every key of a tile and puts its halves to their places,
+// by twos: rounded operands hold keys in pairs.
+template <class Next, class Lanes, class GradLanes>
+inline void put_keys(int64_t keys, const Next& next, Lanes probability, GradLanes grad_logits) {
+  int64_t key = 0;
+  for (; key + 1 < keys; key += 2) {
+    const auto one = next(key), two = next(key + 1);
+    probability.put(key, one.p, two.p);
+    grad_logits.put(key, one.ds, two.ds);
+  }
+  if (key == keys) return;
+  const auto last = next(key);
+  probability.put(key, last.p);
+  grad_logits.put(key, last.ds);
+}
+
 template <class Precision>
 class Gradients {
   using T = typename Precision::Number;

@@ -30,27 +30,15 @@ template <bool kScaled, class T, class Lanes, class GradLanes>
 void group_grad_sweep(const T* probability, const T* slope, const T* scale,
                       const T* grad_probability, int64_t keys, vec<T> offset, vec<T> factor,
                       Lanes to_probability, GradLanes to_grad_logits) {
-  struct Both {
-    vec<T> p, ds;
-  };
   const auto next = [&](int64_t key) __attribute__((always_inline)) {
     const int64_t at = key * kPanel<T>;
     const vec<T> relative = load(probability + at);
     vec<T> p = relative;
     if constexpr (kScaled) p *= load(scale + at);
     const vec<T> dp = load(grad_probability + at) + offset;
-    return Both{p, p * dp + factor * (relative * load(slope + at))};
+    return KeyOfMaps<T>{p, p * dp + factor * (relative * load(slope + at))};
   };
-  int64_t key = 0;
-  for (; key + 1 < keys; key += 2) {
-    const Both one = next(key), two = next(key + 1);
-    to_probability.put(key, one.p, two.p);
-    to_grad_logits.put(key, one.ds, two.ds);
-  }
-  if (key == keys) return;
-  const Both last = next(key);
-  to_probability.put(key, last.p);
-  to_grad_logits.put(key, last.ds);
+  put_keys(keys, next, to_probability, to_grad_logits);
 }
 
 template <class Div, class Precision>
