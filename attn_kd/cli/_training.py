@@ -17,6 +17,7 @@ from attn_kd.cli._arguments import (
     resolve_device,
     whole_number,
 )
+from attn_kd.errors import InputError
 from attn_kd.training.config import (
     MIXED_PRECISIONS,
     SCHEDULES,
@@ -24,6 +25,7 @@ from attn_kd.training.config import (
     read_json,
     with_present_names,
 )
+from attn_kd.training.recipes import RECIPES
 from attn_kd.training.records import RECORD_FILE, RunRecord
 
 if TYPE_CHECKING:
@@ -66,7 +68,12 @@ BACKBONE_OPTIONS = (
     Option("--cache-views", "cache_views", "views of an image in that cache", positive_int),
 )
 RUN_OPTIONS = (
-    Option("--eval-steps", "eval_steps", "steps between COCO metrics on val", positive_int),
+    Option(
+        "--eval-steps",
+        "eval_steps",
+        "steps between COCO metrics on val",
+        positive_int,
+    ),
     Option("--save-steps", "save_steps", "steps between checkpoints", positive_int),
     Option("--log-steps", "log_steps", "steps between entries of history.json", positive_int),
     Option("--workers", "num_workers", "processes that load images", whole_number),
@@ -105,8 +112,12 @@ def add_training_arguments(parser: argparse.ArgumentParser, what: str) -> None:
 def add_options(parser: argparse.ArgumentParser, title: str, options: tuple[Option, ...]) -> None:
     """Add arguments whose absence leaves a field to what the recipe or the default says."""
     group = parser.add_argument_group(title)
+    parser.set_defaults(
+        flags={**(parser.get_default("flags") or {}), **{o.field: o.flag for o in options}}
+    )
     for option in options:
-        how: dict[str, Any] = {"dest": option.field, "default": None, "help": option.help}
+        text = option.help if "default" in title else option.help + _default_of(option)
+        how: dict[str, Any] = {"dest": option.field, "default": None, "help": text}
         if option.type is None:
             how |= {"action": "store_const", "const": option.value}
         elif option.choices is not None:
@@ -119,25 +130,45 @@ def add_options(parser: argparse.ArgumentParser, title: str, options: tuple[Opti
         group.add_argument(option.flag, **how)
 
 
+def _default_of(option: Option) -> str:
+    """What the recipes say of an option, for its help; nothing where the help says it itself."""
+    recipes = {name: TrainingConfig.for_preset(preset=name) for name in RECIPES}
+    values = {name: getattr(recipe, option.field) for name, recipe in recipes.items()}
+    told = [value for value in values.values() if value is not None and value is not False]
+    if not told or option.type is None or "default" in option.help:
+        return ""
+    if all(value == told[0] for value in values.values()):
+        return f" (default: {told[0]})"
+    named = ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
+    return f" (default: {named})"
+
+
 def configuration(args: argparse.Namespace, **known: Any) -> TrainingConfig:
     """The configuration of a command line.
 
     A field is what an argument says; else what ``--config`` says; else ``known``; else what the
-    preset's recipe says. A training that is resumed has the settings it was begun with; an argument
-    that says otherwise is refused later, by name.
+    preset's recipe says. A training that is resumed has the settings it was begun with.
 
     Raises:
-        InputError: a value is refused, or a file that is read.
+        InputError: a value is refused, or a file that is read, or an argument would change a
+            training that is resumed.
     """
-    base = known
-    if args.resume:
-        base = RunRecord.load(args.out / RECORD_FILE).config.to_dict()
+    begun = RunRecord.load(args.out / RECORD_FILE).config if args.resume else None
+    base = known if begun is None else begun.to_dict()
     from_file = {} if args.config is None else _settings(args.config)
     fields = vars(TrainingConfig()).keys()
     given = {n: v for n, v in vars(args).items() if n in fields and v is not None}
     if not args.seed_is_given:
         del given["seed"]
-    return TrainingConfig.for_preset(**{**base, **from_file, **given})
+    config = TrainingConfig.for_preset(**{**base, **from_file, **given})
+    for name, (now, before) in {} if begun is None else config.differences(begun).items():
+        if name in given:  # what a file changes is refused later, by the name in the file
+            argument = args.flags.get(name, f"--{name}")
+            change = f"{argument} is {now!r}, it was {before!r}"
+            if isinstance(now, bool):  # a switch, which changes something where it was not given
+                change = f"it was begun without {argument}"
+            raise InputError(f"cannot resume {args.out}: {change}")
+    return config
 
 
 def _settings(path: Path) -> dict[str, Any]:

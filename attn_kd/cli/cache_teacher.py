@@ -99,9 +99,9 @@ def run(args: argparse.Namespace) -> int:
         ),
     )
     size = sum((cache.folder / shard.file).stat().st_size for shard in cache.shards)
-    count = len(cache.recipe.images)
+    count, kept = len(cache.recipe.images), len(cache.recipe.layers)
     print(
-        f"{count} images, {len(cache.recipe.layers)} layers, {size / 1e6:.1f} MB "
-        f"({size / count / 1e3:.1f} kB an image); wrote {cache.folder}"
+        f"{count} image{'s' * (count > 1)}, {kept} layer{'s' * (kept > 1)}, "
+        f"{size / 1e6:.1f} MB ({size / count / 1e3:.1f} kB an image); wrote {cache.folder}"
     )
     return 0

@@ -58,6 +58,8 @@ def test_size_is_told(teacher, data, tmp_path, capsys):
     options = ["--layers", "all", "--kinds", "encoder_self", "decoder_cross"]
     assert cache_teacher(teacher, data, tmp_path / "cache", *options) == 0
     assert capsys.readouterr().out.startswith("12 images, 4 layers, 0.")
+    assert cache_teacher(teacher, data, tmp_path / "one") == 0
+    assert capsys.readouterr().out.startswith("12 images, 1 layer, 0.")
 
 
 def test_options_are_arguments(teacher, data, tmp_path):

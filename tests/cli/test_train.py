@@ -72,12 +72,25 @@ def test_seed_is_a_setting_like_any_other(data, tmp_path, seed, expected):
     assert settings(tmp_path / "out")["seed"] == expected
 
 
-def test_resuming_with_another_seed_is_refused_by_name(data, tmp_path, capsys):
+def test_resuming_with_other_settings_is_refused_by_the_argument(data, tmp_path, capsys):
     out = tmp_path / "out"
     assert train(data, out, "--steps", "1", "--pretrain-steps", "0", "-q") == 0
-    capsys.readouterr()
-    assert main(["train", "--data", data, "--out", str(out), "--resume", "--seed", "5"]) == 2
-    assert "seed is 5, it was 0" in capsys.readouterr().err
+    for arguments, message in (
+        (["--seed", "5"], "--seed is 5, it was 0"),
+        (["--steps", "7"], "--steps is 7, it was 1"),
+        (["--no-augment"], "it was begun without --no-augment"),
+    ):
+        capsys.readouterr()
+        assert main(["train", "--data", data, "--out", str(out), "--resume", *arguments]) == 2
+        assert f"cannot resume {out}: {message}" in capsys.readouterr().err
+
+
+def test_help_tells_what_the_recipes_say(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "passes over the training split (default: 50)" in text
+    assert "images a step (default: detr-tiny 16, detr-r50 8)" in text
 
 
 @pytest.mark.parametrize(
