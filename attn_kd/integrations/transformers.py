@@ -202,20 +202,31 @@ class SwitchedImplementation:
 
     def __init__(self, model: nn.Module, module: nn.Module) -> None:
         register()
-        config = configuration(module)
-        self._owner = _owner(model, config)
-        self.original: str = config._attn_implementation
+        self._config = configuration(module)
+        owner = _owner(model, self._config)
+        self.original: str = self._config._attn_implementation
+        # A submodule that belongs to another model, too (a backbone of teacher and student), has a
+        # configuration that the owner's does not name; transformers would switch it with the owner.
+        others = [
+            (part.config, part.config._attn_implementation)
+            for part in owner.modules()
+            if isinstance(part, PreTrainedModel) and part.config is not self._config
+        ]
         # The empty key is the owner's own configuration; sub-configurations keep what they have.
-        self._owner.set_attn_implementation({"": IMPLEMENTATION})
-        if config._attn_implementation != IMPLEMENTATION:
+        owner.set_attn_implementation({"": IMPLEMENTATION})
+        for other, implementation in others:
+            other._attn_implementation = {"": implementation}
+        if self._config._attn_implementation != IMPLEMENTATION:
             raise InputError(
-                f"{type(self._owner).__name__} does not let its attention implementation be set; "
+                f"{type(owner).__name__} does not let its attention implementation be set; "
                 "attn_kd cannot distil it"
             )
 
     def undo(self) -> None:
         """Give the layers their original implementation back."""
-        self._owner.set_attn_implementation({"": self.original})
+        # Not by the model: it would ask shared submodules, too, and what one of them is may not
+        # support the original.
+        self._config._attn_implementation = {"": self.original}
 
 
 def configuration(module: nn.Module) -> PreTrainedConfig:

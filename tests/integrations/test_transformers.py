@@ -206,6 +206,29 @@ def test_switching_and_undoing_leaves_the_backbone_alone():
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_switching_and_undoing_leaves_a_submodule_of_another_model_alone():
+    student, teacher = tiny_detr(), tiny_detr()
+    student.model.backbone = teacher.model.backbone  # its configuration is no part of the student's
+    backbone = teacher.config.backbone_config
+    before = backbone._attn_implementation
+    module = student.get_submodule("model.encoder.layers.0.self_attn")
+    switched = SwitchedImplementation(student, module)
+    assert (student.config._attn_implementation, backbone._attn_implementation) == (
+        "attn_kd",
+        before,
+    )
+    switched.undo()
+    assert (student.config._attn_implementation, backbone._attn_implementation) == ("sdpa", before)
+
+
+def test_model_that_cannot_be_switched_is_refused(monkeypatch):
+    model = tiny_detr()
+    monkeypatch.setattr(type(model), "_can_set_attn_implementation", classmethod(lambda _: False))
+    module = model.get_submodule("model.encoder.layers.0.self_attn")
+    with pytest.raises(InputError, match="DetrForObjectDetection does not let its attention"):
+        SwitchedImplementation(model, module)
+
+
 @pytest.mark.parametrize(
     ("originals", "untapped"),
     [
