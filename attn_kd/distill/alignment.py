@@ -93,7 +93,7 @@ def check_grid(name: str, grid: Sequence[int] | None) -> Grid | None:
     """
     if grid is None:
         return None
-    values = tuple(grid)
+    values = tuple(grid) if isinstance(grid, Sequence) else ()
     if len(values) not in (2, 3) or any(type(n) is not int or n < 1 for n in values):
         raise InputError(f"{name}={grid!r}; expected (h, w) or (T, h, w) in tokens")
     return values

@@ -103,6 +103,9 @@ class AttentionDistiller:
             raise InputError(
                 f"alignment={alignment!r} is unknown; expected one of {', '.join(ALIGNMENTS)}"
             )
+        for role, model in {"teacher": teacher, "student": student}.items():
+            if not isinstance(model, nn.Module):
+                raise InputError(f"{role} is {type(model).__name__}, expected a torch.nn.Module")
         if teacher is student:
             raise InputError(
                 "teacher and student are one model; expected two (copy.deepcopy makes another)"

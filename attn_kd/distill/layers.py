@@ -62,14 +62,13 @@ def pair_layers(
         kinds: of `KINDS`, in the order of the pairs.
 
     Raises:
-        InputError: a selection or kind is unknown, a model has no layer of a kind, a path leads
-            nowhere (near ones are suggested) or not to an attention module, one is cross-attention
-            and the other is not, or there is no pair.
+        InputError: a selection or kind is unknown, or `layers` is no mapping of paths; a model has
+            no layer of a kind, a path leads nowhere (near ones are suggested) or not to an
+            attention module, one is cross-attention and the other is not, or there is no pair.
     """
     if layers is None or isinstance(layers, str):
         layers = _selected(student, teacher, layers or "last", kinds)
-    if not layers:
-        raise InputError("layers={} pairs no layers; expected {student path: teacher path, ...}")
+    _check_pairs(layers)
     return [_pair(student, teacher, *paths) for paths in layers.items()]
 
 
@@ -89,6 +88,18 @@ def check_selection(layers: str, kinds: Sequence[str]) -> None:
     for kind in kinds:
         if kind not in KINDS:
             raise InputError(f"{kind!r} is no kind of layer; expected one of {', '.join(KINDS)}")
+
+
+def _check_pairs(layers: object) -> None:
+    if not isinstance(layers, Mapping) or not all(
+        isinstance(path, str) for pair in layers.items() for path in pair
+    ):
+        raise InputError(
+            f"layers={layers!r}; expected one of {', '.join(SELECTIONS)}, or {{student path: "
+            "teacher path}, a mapping of strings"
+        )
+    if not layers:
+        raise InputError("layers={} pairs no layers; expected {student path: teacher path, ...}")
 
 
 def depth_map(student_layers: int, teacher_layers: int) -> list[int]:

@@ -352,7 +352,7 @@ def test_deduced_grid(tokens, image, grid):
     assert deduced_grid(tokens, image) == grid
 
 
-@pytest.mark.parametrize("grid", [(4,), (4, 0), (1, 2, 3, 4), (2.0, 2), "44"])
+@pytest.mark.parametrize("grid", [(4,), (4, 0), (1, 2, 3, 4), (2.0, 2), "44", 4])
 def test_grid_that_is_none_is_refused(grid):
     with pytest.raises(InputError, match="teacher_grid="):
         check_grid("teacher_grid", grid)

@@ -184,6 +184,11 @@ def test_one_model_cannot_be_both(teacher):
         AttentionDistiller(teacher, teacher)
 
 
+def test_what_is_no_model_is_named(teacher):
+    with pytest.raises(InputError, match=r"student is str, expected a torch\.nn\.Module"):
+        AttentionDistiller(teacher, "detr-1-1")
+
+
 def test_unknown_divergence_is_refused(teacher, student):
     with pytest.raises(InputError, match="'euclid'"):
         AttentionDistiller(teacher, student, divergence="euclid")

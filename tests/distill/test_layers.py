@@ -56,6 +56,9 @@ def test_default_pairs_the_final_encoder_layers(models):
             id="kinds-differ",
         ),
         pytest.param({}, "pairs no layers", id="empty"),
+        pytest.param([GOOD], r"layers=\['model.*'\]; expected one of last, all, or", id="list"),
+        pytest.param(-1, "layers=-1; expected one of last, all, or", id="number"),
+        pytest.param({GOOD: 1}, "layers=.*: 1}; expected .* a mapping of strings", id="index"),
     ],
 )
 def test_wrong_layers_are_explained(models, layers, message):
