@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from attn_kd.distill import AttentionDistiller
-from attn_kd.distill.heads import head_map_by_layer
+from attn_kd.distill.heads import head_map_by_layer, mapped_heads
 from attn_kd.errors import InputError
+from attn_kd.nn.taps import AttentionRecord
 from tests.distill.explicit import attention_map, explicit_kl, gradients
 from tests.tiny_detr import tiny_batch, tiny_detr, token_mask
 
@@ -75,6 +76,19 @@ def test_mapped_heads_of_a_teacher_with_inputs_of_its_own(teacher, student):
         expected = distiller(**batch).attention_kl
         actual = distiller.run(batch, teacher_inputs=inputs).attention_kl
     torch.testing.assert_close(actual, expected)
+
+
+def test_masks_of_single_heads_are_mapped_with_them():
+    query, key = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 7, 8)
+    mask = torch.rand(2, 3, 1, 7) < 0.5
+    record = AttentionRecord(query, key, None, None, attn_mask=mask, mask_known=True)
+    heads = [2, 0, 1, 0]
+    mapped = mapped_heads(record, tuple(heads), torch.empty(2, 4, 5, 8), layer="layer")
+    # Else a student with the teacher's mask would be taken to see what its teacher's heads see.
+    assert torch.equal(mapped.attn_mask, mask[:, heads])
+    shared = record._replace(attn_mask=mask[:, :1])
+    mapped = mapped_heads(shared, tuple(heads), torch.empty(2, 4, 5, 8), layer="layer")
+    assert torch.equal(mapped.attn_mask, mask[:, :1])
 
 
 def test_head_map_of_one_layer_leaves_the_others_alone(student):
