@@ -238,7 +238,7 @@ class _Run:
         set_seed(config.seed)
         model, processor = untrained_detector(config, self.data.train, self.teacher)
         rehearse(config, model, processor, self.data.train, self.teacher)
-        self._verify_cache()  # reads every shard, so last
+        self._verify_cache()  # reads every shard and image, so last
         return model, processor
 
     def _train(
@@ -364,11 +364,11 @@ class _Run:
             )
 
     def _verify_cache(self) -> None:
-        """Check the teacher cache, once on every machine."""
+        """Check the teacher cache and the images it is of, once on every machine."""
         arguments = self._arguments()
         with arguments.main_process_first(desc="checking the teacher cache"):
             if self.cache is not None and arguments.local_process_index == 0:
-                self.cache.verify(self._bar("teacher cache"))
+                self.cache.verify(self.data.train, self._bar("teacher cache"))
 
     def _arguments(self, **changes: Any) -> TrainingArguments:
         return training_arguments(

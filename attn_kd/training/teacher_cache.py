@@ -46,7 +46,8 @@ from attn_kd.training.teacher_cache_format import (
     LayerFactors,
     Shard,
     config_digest,
-    described_images,
+    described_image,
+    file_sha256,
     plain_augmentation,
     processor_settings,
     require_intact,
@@ -74,7 +75,7 @@ class TeacherCache:
 
     @classmethod
     def open(cls, folder: str | os.PathLike) -> TeacherCache:
-        """Read the manifest; the shards are checked by `verify`.
+        """Read the manifest; the files are checked by `verify`.
 
         Raises:
             InputError: there is no complete cache, or it is of a later version.
@@ -133,14 +134,31 @@ class TeacherCache:
             require_intact(self.folder / TEACHER_FOLDER / name, sha256)
         return self.folder / TEACHER_FOLDER
 
-    def verify(self, progress: Callable[[Iterable[Shard]], Iterable[Shard]] = iter) -> None:
-        """Compare every shard with its checksum.
+    def verify(
+        self,
+        dataset: Any = None,
+        progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    ) -> None:
+        """Compare every shard, and every image of a data set, with its checksum.
+
+        Args:
+            dataset: one that `rows_of` takes.
+            progress: wraps the iteration over the files.
 
         Raises:
-            InputError: a shard is missing or damaged; the message names the file.
+            InputError: a shard is missing or damaged, or an image another one than the teacher saw;
+                the message names the file.
         """
-        for shard in progress(self.shards):
-            require_intact(self.folder / shard.file, shard.sha256)
+        entries = [] if dataset is None else dataset.image_entries
+        seen = {image.image_id: image.sha256 for image in self.recipe.images}
+        for part in progress([*self.shards, *entries]):
+            if isinstance(part, Shard):
+                require_intact(self.folder / part.file, part.sha256)
+            elif file_sha256(part.path) != seen[part.image_id]:
+                raise InputError(
+                    f"image {part.image_id!r} ({part.path}) has another content than in the "
+                    f"teacher cache {self.folder}; expected one made of this data"
+                )
 
     def read(self, index: int, view: int = 0, layers: Sequence[str] | None = None) -> ImageRecord:
         """The record of one view of one image.
@@ -176,7 +194,8 @@ class TeacherCache:
     def rows_of(self, dataset: Any) -> list[int]:
         """For every image of a data set its index in the cache.
 
-        The data set may hold fewer images than the cache, or in another order.
+        The data set may hold fewer images than the cache, or in another order. Of their files the
+        names and sizes are compared; the content is for `verify`.
 
         Raises:
             InputError: an image is not in the cache, or not the one that the teacher saw.
@@ -188,14 +207,15 @@ class TeacherCache:
             )
         known = {image.image_id: number for number, image in enumerate(self.recipe.images)}
         rows = []
-        for image in described_images(dataset):
-            row = known.get(image.image_id)
+        for entry in dataset.image_entries:
+            row = known.get(entry.image_id)
             if row is None:
                 raise InputError(
-                    f"image {image.image_id!r} ({image.file_name}) of the data is not in the "
+                    f"image {entry.image_id!r} ({entry.path.name}) of the data is not in the "
                     f"teacher cache {self.folder}; expected one made of this data"
                 )
             cached = self.recipe.images[row]
+            image = described_image(entry, cached.sha256)
             if image != cached:
                 raise InputError(
                     f"image {image.image_id!r} is {image}; in the teacher cache "

@@ -15,13 +15,13 @@ from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hint
 import torch
 from torch import Tensor
 
-from attn_kd.data import Augmentation, CocoDetection
+from attn_kd.data import Augmentation, CocoDetection, ImageEntry
 from attn_kd.errors import InputError
 from attn_kd.training.config import MIXED_PRECISIONS, read_json
 from attn_kd.training.records import TeacherIdentity
 
 FORMAT = "attn_kd teacher cache"
-VERSION = 1
+VERSION = 2
 MANIFEST_FILE = "manifest.json"
 TEACHER_FOLDER = "teacher"
 
@@ -54,13 +54,17 @@ class CachedLayer:
 
 @dataclass(frozen=True)
 class CachedImage:
-    """An image file: what it must be for its record to be valid; sizes in pixels and bytes."""
+    """An image file: what it must be for its record to be valid; sizes in pixels and bytes.
+
+    The SHA-256 is of the file: pictures of one size fill as many bytes where they are uncompressed.
+    """
 
     image_id: int | str
     file_name: str
     width: int
     height: int
     file_bytes: int
+    sha256: str
 
     def __str__(self) -> str:
         return f"{self.file_name}, {self.width} x {self.height}, {self.file_bytes} bytes"
@@ -201,12 +205,15 @@ def tensor_name(index: int, view: int, owner: str, part: str) -> str:
 
 
 def described_images(dataset: CocoDetection) -> tuple[CachedImage, ...]:
-    """What identifies the images of a split, in its order."""
-    return tuple(
-        CachedImage(
-            entry.image_id, entry.path.name, entry.width, entry.height, entry.path.stat().st_size
-        )
-        for entry in dataset.image_entries
+    """What identifies the images of a split, in its order; reads their files."""
+    return tuple(described_image(entry, file_sha256(entry.path)) for entry in dataset.image_entries)
+
+
+def described_image(entry: ImageEntry, sha256: str) -> CachedImage:
+    """What identifies an image whose file has a SHA-256 that is known, or not in question."""
+    file_bytes = entry.path.stat().st_size
+    return CachedImage(
+        entry.image_id, entry.path.name, entry.width, entry.height, file_bytes, sha256
     )
 
 
@@ -233,6 +240,20 @@ def require_intact(path: Path, sha256: str) -> None:
     Raises:
         InputError: it is missing, or another one.
     """
+    found = file_sha256(path)
+    if found != sha256:
+        raise InputError(
+            f"{path} is damaged: its SHA-256 is {found[:12]}…, expected {sha256[:12]}…; the same "
+            "attn-kd cache-teacher as before computes it anew"
+        )
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file's content.
+
+    Raises:
+        InputError: it cannot be read.
+    """
     digest = hashlib.sha256()
     try:
         with open(path, "rb") as file:
@@ -240,9 +261,4 @@ def require_intact(path: Path, sha256: str) -> None:
                 digest.update(block)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
-    if digest.hexdigest() != sha256:
-        found = digest.hexdigest()
-        raise InputError(
-            f"{path} is damaged: its SHA-256 is {found[:12]}…, expected {sha256[:12]}…; the same "
-            "attn-kd cache-teacher as before computes it anew"
-        )
+    return digest.hexdigest()

@@ -68,7 +68,7 @@ def test_damaged_backbone_of_the_teacher_is_named(copied):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "version 2; expected 'attn_kd teacher cache', version 1"),
+        ({"version": 1}, "version 1; expected 'attn_kd teacher cache', version 2"),
         ({"format": "zip"}, "has format 'zip'"),
         ({"shards": []}, "0 shards of 3"),
         ({"recipe": {}}, "is broken: KeyError"),
@@ -166,6 +166,14 @@ def test_changed_image_is_named(tiny_cache, data):
     Image.new("L", (64, 64)).save(data[0] / "images" / "train_003.png")
     with pytest.raises(InputError, match=r"image 3 is train_003\.png, 64 x 64, \d+ bytes; in the"):
         tiny_cache.rows_of(CocoDetection(data[0], "train"))
+
+
+def test_image_of_other_content_and_the_same_size_is_named(tiny_cache, data):
+    images = CocoDetection(data[0], "train")
+    tiny_cache.verify(images)
+    flip_a_bit(data[0] / "images" / "train_003.png")
+    with pytest.raises(InputError, match=r"image 3 \(.*train_003\.png\) has another content"):
+        tiny_cache.verify(images)
 
 
 def test_other_boxes_are_no_matter(tiny_cache, data):

@@ -205,6 +205,19 @@ def test_other_data_is_refused_before_the_folder_is_made(
     assert not (tmp_path / "out").exists()
 
 
+def test_changed_image_is_refused_before_the_folder_is_made(
+    config, distill, tiny_cache, tiny_data, tmp_path
+):
+    changed = shutil.copytree(tiny_data, tmp_path / "data")
+    path = changed / "images" / "train_003.png"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1  # of the checksum of the last chunk: the picture is the same, the file not
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"train_003\.png\) has another content"):
+        distill(config, "out", tiny_cache.folder, TrainingData(CocoDetection(changed, "train")))
+    assert not (tmp_path / "out").exists()
+
+
 def test_stream_of_images_is_refused(config, distill, tiny_cache):
     from attn_kd.data.needle import NeedleStream
 
