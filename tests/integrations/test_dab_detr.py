@@ -108,6 +108,24 @@ def test_outputs_maps_and_gradients_are_those_of_the_original(padded, options):
     torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("path", [path for path, _ in KINDS.values()], ids=KINDS)
+def test_attention_dropout_acts_in_training_alone_and_follows_the_seed(path):
+    model, batch = replaced(dab_detr(1, attention_dropout=0.5)), batch_of()
+
+    def logits(seed):
+        torch.manual_seed(seed)
+        return model(**batch).logits
+
+    expected = logits(0)
+    torch.testing.assert_close(logits(1), expected, rtol=0, atol=0)
+    # Not the first layer: the decoder's has the same value, 0, for every query.
+    model.get_submodule(path.format(1)).train()
+    first = logits(0)
+    assert not torch.allclose(first, expected)
+    torch.testing.assert_close(logits(0), first, rtol=0, atol=0)
+    assert not torch.allclose(logits(1), first)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_distillation_step_is_that_of_eager_maps(kind):
     path, attentions = KINDS[kind]
