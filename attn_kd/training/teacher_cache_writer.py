@@ -21,6 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from attn_kd._atomic import replacing_file
+from attn_kd._locking import locked_folder
 from attn_kd.errors import InputError
 from attn_kd.training.config import read_json
 from attn_kd.training.teacher_cache import TeacherCache
@@ -72,9 +73,29 @@ def write_cache(
         progress: wraps the iteration over the images, e.g. by a progress bar.
 
     Raises:
-        InputError: the folder holds something else, or the cache of another recipe.
+        InputError: the folder holds something else, or the cache of another recipe; or another
+            process is writing into it.
         KeyboardInterrupt: Ctrl-C; the message says how to go on.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked_folder(folder) as alone:
+        # Each would take what the other is writing for what a killed run has left.
+        if not alone:
+            raise InputError(
+                f"another process is writing a teacher cache into {folder}; wait for it, or choose "
+                "another folder"
+            )
+        return _complete(folder, recipe, teacher_files, record, overwrite, progress)
+
+
+def _complete(
+    folder: Path,
+    recipe: CacheRecipe,
+    teacher_files: dict[str, bytes],
+    record: Record,
+    overwrite: bool,
+    progress: Progress,
+) -> TeacherCache:
     shards = _Shards(folder, recipe, _begin(folder, recipe, overwrite=overwrite))
     _write_teacher(folder / TEACHER_FOLDER, teacher_files)
     index = 0
@@ -146,7 +167,6 @@ class _Shards:
 
 def _begin(folder: Path, recipe: CacheRecipe, *, overwrite: bool) -> dict[str, Shard]:
     """Make the folder ready; return the shards in it that are intact, by file."""
-    folder.mkdir(parents=True, exist_ok=True)
     before = _recipe_in(folder)
     known: dict[str, Shard] = {}
     if before is None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import pytest
 
@@ -212,6 +213,23 @@ def test_another_cache_is_replaced_only_when_asked(make, stop_at):
     assert computed == list(range(12))
     assert set(contents(cache.folder)) == {"shard-00000.safetensors"}
     cache.verify()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="folders cannot be locked")
+def test_second_writer_at_once_is_refused_and_the_first_goes_on(make, tiny_cache, tmp_path):
+    folder, files = tmp_path / "cache", {"config.json": b"{}"}
+    refusals = []
+
+    def record(index, view):
+        if index == 6:
+            with pytest.raises(InputError, match="another process is writing a teacher cache"):
+                write_cache(folder, tiny_cache.recipe, files, tiny_cache.read, overwrite=True)
+            refusals.append(index)
+        return tiny_cache.read(index, view)
+
+    write_cache(folder, tiny_cache.recipe, files, record).verify()
+    assert refusals == [6]
+    assert make()[1] == []  # the lock is free again
 
 
 def test_folder_of_something_else_is_left_alone(make, tmp_path):
