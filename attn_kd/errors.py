@@ -8,10 +8,13 @@ class InputError(ValueError):
     defects of the library itself.
 
     A process that loads data hands an error on with the whole traceback as its message (torch's
-    ``ExceptionWrapper``); of that only the message is kept.
+    ``ExceptionWrapper``); of that only the message is told.
     """
 
-    def __init__(self, message: str = "") -> None:
+    # There is no __init__: torch.compile cannot trace one of an exception, and would complain of
+    # that instead of telling the message.
+    def __str__(self) -> str:
+        message = super().__str__()
         if message.startswith(f"Caught {type(self).__name__} in "):
             message = message.rpartition(f"{__name__}.{type(self).__name__}: ")[2].strip()
-        super().__init__(message)
+        return message
