@@ -50,6 +50,20 @@ def test_value_and_gradients_are_those_of_explicit_maps(teacher, student, padded
     torch.testing.assert_close(actual_gradients, expected_gradients, rtol=1e-5, atol=1e-9)
 
 
+def test_scalings_of_both_layers_are_their_own(teacher, student):
+    teacher.get_submodule(ENCODER_1).scaling *= 0.6
+    student.get_submodule(ENCODER_0).scaling *= 1.3
+    batch = tiny_batch(dtype=torch.float64)
+    eager_student, eager_teacher = copy.deepcopy(student), copy.deepcopy(teacher)
+    expected = explicit_encoder_kl(eager_student, eager_teacher, batch)
+    with AttentionDistiller(teacher, student) as distiller:
+        actual = distiller(**batch).attention_kl
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
+        actual_gradients = gradients(actual, student)
+    expected_gradients = gradients(expected, eager_student)
+    torch.testing.assert_close(actual_gradients, expected_gradients, rtol=1e-5, atol=1e-9)
+
+
 def test_gradients_reach_the_student_through_output_and_divergence(teacher, student):
     batch = tiny_batch(dtype=torch.float64)
     eager_student, eager_teacher = copy.deepcopy(student), copy.deepcopy(teacher)

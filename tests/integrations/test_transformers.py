@@ -56,6 +56,18 @@ def test_detr_gives_what_eager_attention_gives(padded):
     torch.testing.assert_close(actual.pred_boxes, expected.pred_boxes)
 
 
+@torch.no_grad()
+def test_scaling_of_a_module_is_its_own():
+    model, batch = tiny_detr().double(), tiny_batch(dtype=torch.float64)
+    usual = use(model, "attn_kd")(**batch).logits
+    for name, module in model.named_modules():
+        if name.endswith("attn"):
+            module.scaling *= 0.6
+    expected = use(model, "eager")(**batch).logits
+    assert not torch.allclose(expected, usual)
+    torch.testing.assert_close(use(model, "attn_kd")(**batch).logits, expected)
+
+
 def padding_error(model) -> float:
     """How much the logits of a 40 x 48 image change when it is padded to 64 x 64.
 
