@@ -10,6 +10,8 @@ from attn_kd.errors import InputError
 from attn_kd.nn.carriers import TapCarrier, carried_attention, carries_tap
 from attn_kd.nn.maps import attention_map
 from attn_kd.nn.masks import merge_masks, with_visible_keys
+from attn_kd.ops import autocast
+from attn_kd.ops.checks import check_is_tensor
 
 
 class MultiheadAttention(TapCarrier, nn.MultiheadAttention):
@@ -181,7 +183,11 @@ class MultiheadAttention(TapCarrier, nn.MultiheadAttention):
     def _check_tokens(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         tensors = {"query": query, "key": key, "value": value}
         widths = (self.embed_dim, self.kdim, self.vdim)
+        weight = self.q_proj_weight if self.in_proj_weight is None else self.in_proj_weight
         for (name, tensor), width in zip(tensors.items(), widths, strict=True):
+            check_is_tensor(name, tensor)
+            if tensor.dtype != weight.dtype and not autocast.is_enabled(tensor.device):
+                raise InputError(f"{name} is {tensor.dtype}, expected the weights' {weight.dtype}")
             if tensor.is_nested:
                 raise InputError(
                     f"{name} is a nested tensor, expected a padded one with a key_padding_mask; "
@@ -236,6 +242,7 @@ def keep_from_fast_path(module: nn.MultiheadAttention) -> None:
 def _check_mask(name: str, mask: Tensor | None, *shapes: tuple[int, ...]) -> None:
     if mask is None:
         return
+    check_is_tensor(name, mask)
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise InputError(f"{name} is {mask.dtype}, expected torch.bool or a floating dtype")
     if tuple(mask.shape) not in shapes:

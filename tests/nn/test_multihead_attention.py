@@ -266,6 +266,15 @@ def test_nothing_of_the_size_of_a_map_is_kept_for_backward():
             r"attn_mask is torch.int64, expected torch.bool",
             id="mask-dtype",
         ),
+        pytest.param({"value": None}, "value is NoneType, expected a torch.Tensor", id="none"),
+        pytest.param(
+            {"key": torch.zeros(7, 3, EMBED, dtype=torch.float64)},
+            "key is torch.float64, expected the weights' torch.float32",
+            id="dtype",
+        ),
+        pytest.param(
+            {"key_padding_mask": [True] * 7}, "key_padding_mask is list, expected", id="mask-list"
+        ),
         pytest.param({"is_causal": True}, "is_causal=True without attn_mask", id="causal"),
     ],
 )
