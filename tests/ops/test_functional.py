@@ -259,6 +259,39 @@ def test_divergence_alone(backend, dtype, divergence):
         torch.testing.assert_close(got, both[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
+OPTIONS = {
+    "attn_mask": torch.arange(29) % 3 > 0,
+    "scale": 0.7,
+    "teacher_scale": 0.7,
+    "teacher_lse": torch.linspace(2, 3, 2 * 3 * 13).view(2, 3, 13),
+    "row_weights": torch.arange(13.0),
+    "head_reduction": "mean",
+}
+
+
+@pytest.mark.parametrize(("name", "option"), OPTIONS.items(), ids=OPTIONS)
+def test_divergence_alone_takes_every_option(backend, name, option):
+    query, key, value, *teacher = random_inputs(Sizes())
+    both, plain = (
+        attn_kd.attention_kl(query, key, value, *teacher, backend=backend, **options)
+        for options in ({name: option}, {})
+    )
+    alone = attn_kd.attention_kl_div(query, key, *teacher, backend=backend, **{name: option})
+    torch.testing.assert_close(tuple(alone), (both.kl, both.lse))
+    assert both.kl.shape != plain.kl.shape or not torch.allclose(both.kl, plain.kl)
+
+
+@pytest.mark.parametrize("name", ["attn_mask", "scale"])
+def test_attention_takes_every_option(backend, name):
+    inputs, option = random_inputs(Sizes()), {name: OPTIONS[name]}
+    both = attn_kd.attention_kl(*inputs, backend=backend, **option)
+    alone, plain = (
+        attn_kd.attention(*inputs[:3], backend=backend, **options) for options in (option, {})
+    )
+    torch.testing.assert_close(tuple(alone), (both.output, both.lse))
+    assert not torch.allclose(alone.output, plain.output)
+
+
 @every_dtype
 def test_dtypes_and_shapes_of_the_results(backend, dtype):
     inputs = random_inputs(Sizes(B=2, H=3, Lq=4, Lk=5, D=6, Dv=7), dtype)
