@@ -50,13 +50,14 @@ class AttentionDistiller:
                 loss.backward()
 
     While a distiller is open the distilled layers' attention implementation is "attn_kd" and the
-    teacher is in evaluation mode; `close` puts both back (several distillers may share a model; the
-    last one restores it). Distilled layers that no keyword argument of the model reaches also have
-    attributes meanwhile (`attn_kd.nn.carriers`). Nothing else of either model is touched: no hooks,
-    and `requires_grad` stays as it is. The other layers of a transformers model run as "sdpa"
-    meanwhile where their own implementation does not take attn_kd's masks ("eager", say): results
-    may then differ in their last bits, and no attention maps are returned. Close only after the
-    last backward pass: activation checkpointing recomputes layers there.
+    teacher is in evaluation mode, with what the student shares with it (a backbone); `close` puts
+    both back (several distillers may share a model; the last one restores it). Distilled layers
+    that no keyword argument of the model reaches also have attributes meanwhile
+    (`attn_kd.nn.carriers`). Nothing else of either model is touched: no hooks, and `requires_grad`
+    stays as it is. The other layers of a transformers model run as "sdpa" meanwhile where their own
+    implementation does not take attn_kd's masks ("eager", say): results may then differ in their
+    last bits, and no attention maps are returned. Close only after the last backward pass:
+    activation checkpointing recomputes layers there.
 
     Args:
         teacher: a transformers model, or one with attention modules of `attn_kd.nn`; may be in a

@@ -57,6 +57,21 @@ def test_closing_restores_both_models(teacher, student, implementation):
     assert (state(teacher), state(student)) == before
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_closing_restores_models_that_share_their_backbone(teacher, student, implementation):
+    for model in (teacher, student):
+        model.set_attn_implementation({"": implementation})
+    own = copy.deepcopy(student)
+    own.model.backbone.load_state_dict(teacher.model.backbone.state_dict())
+    student.model.backbone = teacher.model.backbone
+    before = state(teacher), state(student)
+    with AttentionDistiller(teacher, student) as distiller:
+        shared = distiller(**tiny_batch()).attention_kl
+    assert (state(teacher), state(student)) == before
+    with AttentionDistiller(teacher, own) as distiller:
+        assert distiller(**tiny_batch()).attention_kl == shared
+
+
 def test_teacher_is_frozen_but_keeps_requires_grad(teacher, student):
     with AttentionDistiller(teacher, student) as distiller:
         distiller(**tiny_batch()).attention_kl.backward()
