@@ -283,6 +283,20 @@ def test_padding_of_the_teacher_is_left_out_of_groups(queries_are_tokens, dtype)
     )
 
 
+def test_padded_groups_keep_the_default_scale_of_the_teacher():
+    # The padding adds a feature, of which the default would otherwise take account.
+    _, record = case((4, 4), (2, 2))
+    seen = torch.ones(B, 1, 1, 16, dtype=torch.bool)
+    seen[..., 12:] = False
+    record = record._replace(attn_mask=seen, mask_known=True)
+    default, given = (
+        grouped_record(record._replace(scale=scale), (4, 4), (2, 2), queries_are_tokens=True)
+        for scale in (None, DT**-0.5)
+    )
+    assert default.key.shape[-1] == DT + 1
+    assert default.scale == given.scale == DT**-0.5
+
+
 def test_grouping_under_a_mask_that_depends_on_the_query_is_refused():
     _, record = case((4, 4), (2, 2))
     record = record._replace(attn_mask=torch.ones(16, 16).tril().bool(), mask_known=True)
