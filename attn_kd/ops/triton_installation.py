@@ -1,4 +1,4 @@
-"""Triton as it is installed: its version, and whether it can launch what it compiles.
+"""Triton as it is installed: its version, its launcher, and our kernels beside it.
 
 Each is found out once, so that a call costs no search. Importing this module does not import
 Triton.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import re
 import subprocess
 
@@ -24,6 +25,12 @@ def missing_reason() -> str | None:
     numbers = re.match(r"(\d+)\.(\d+)", installed)
     if numbers and (int(numbers[1]), int(numbers[2])) < LEAST_VERSION:
         return "Triton {} is installed, needs {}.{} or newer".format(installed, *LEAST_VERSION)
+    # They lie beside the package in a source tree, and within it only where it is installed.
+    if importlib.util.find_spec("attn_kd.kernels") is None:
+        return (
+            "attn_kd.kernels is not there (this source tree is not installed: run "
+            "`pip install --no-build-isolation -e .`)"
+        )
     return None
 
 

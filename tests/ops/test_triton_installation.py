@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -46,6 +47,25 @@ def test_triton_is_looked_for_once(monkeypatch):
     first = triton_installation.missing_reason()
     monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="1.0"))
     assert triton_installation.missing_reason() == first
+
+
+def test_a_source_tree_that_is_not_installed_is_the_reason(tmp_path):
+    """Its device code is a folder beside the package."""
+    pytest.importorskip("triton")
+    ignored = shutil.ignore_patterns("kernels", "__pycache__")
+    shutil.copytree(Path(attn_kd.__file__).parent, tmp_path / "attn_kd", ignore=ignored)
+    program = "import attn_kd; print(attn_kd.available_backends()['triton'].reason)"
+    # No .pth file is read without site, so that no installation of attn_kd is found.
+    packages = os.pathsep.join([str(tmp_path), *(path for path in sys.path if path)])
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", program],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": packages},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("attn_kd.kernels is not there (this source tree is not installed")
 
 
 LAUNCH = """
