@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -63,7 +64,8 @@ LAYOUTS = (
 def far_apart(x: Tensor, dim: int, path: Path) -> Tensor:
     """The same values with a stride along one dimension by which the last is 2^31 elements away.
 
-    They are mapped from a file at `path` that is nearly all holes.
+    They are mapped from a file at `path` that is nearly all holes; a GPU has no such thing, and
+    needs the memory.
     """
     if x.shape[dim] == 1:
         return x
@@ -71,5 +73,15 @@ def far_apart(x: Tensor, dim: int, path: Path) -> Tensor:
     strides = [*x.contiguous().stride()]
     strides[dim] = stride
     extent = 1 + sum((n - 1) * s for n, s in zip(x.shape, strides, strict=True))
-    memory = torch.from_file(str(path), shared=True, size=extent, dtype=x.dtype)
+    if x.is_cuda:
+        memory = _memory_of_a_gpu(extent, x)
+    else:
+        memory = torch.from_file(str(path), shared=True, size=extent, dtype=x.dtype)
     return memory.as_strided(x.shape, strides).copy_(x)
+
+
+def _memory_of_a_gpu(extent: int, like: Tensor) -> Tensor:
+    try:
+        return torch.empty(extent, dtype=like.dtype, device=like.device)
+    except torch.cuda.OutOfMemoryError:
+        pytest.skip(f"needs {extent * like.itemsize / 2**30:.0f} GiB more of the GPU's memory")
