@@ -2,7 +2,8 @@
 # Everything that takes an NVIDIA GPU: build, tests, sanitizers, benchmarks, tuning; tables in $OUT.
 #
 #   make gpu                                   in the environment that the Makefile makes
-#   PYTHON=python3 bench/gpu_session.sh        in another that has torch, triton and the dev extra
+#   PYTHON=python3 bench/gpu_session.sh        in another that has torch, triton and the dev extra,
+#                                              and attn_kd from here (pip install --editable)
 #   bench/gpu_session.sh build sanitize        some steps of: build gpu sanitize bench tune tests
 #                                              resources; without any, all but tune
 #   LIMIT=330 bench/gpu_session.sh build gpu sanitize bench tune     in half an hour at the most
@@ -26,7 +27,7 @@ BUDGET=${BUDGET:-1}
 LIMIT=${LIMIT:-0}
 FAILED=
 PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
-mkdir -p "$OUT"
+mkdir -p "$OUT" || exit 1
 
 # attempt NAME COMMAND...: run it, keep what it prints in $OUT/gpu-NAME.log, remember a failure.
 attempt() {
@@ -89,18 +90,20 @@ resources() {
     "$PYTHON" -m bench.kernel_resources >"$OUT/kernel-resources.md" || FAILED="$FAILED resources"
 }
 
-if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    echo "gpu_session.sh: $PYTHON finds no GPU" >&2
-    exit 1
-fi
-for step in ${*:-build gpu sanitize bench tests resources}; do
+STEPS=${*:-build gpu sanitize bench tests resources}
+for step in $STEPS; do
     case $step in
-    build | gpu | sanitize | bench | tune | tests | resources) "$step" ;;
+    build | gpu | sanitize | bench | tune | tests | resources) ;;
     *)
         echo "gpu_session.sh: unknown step '$step'" >&2
         exit 2
         ;;
     esac
+done
+# shellcheck disable=SC2086  # a word for each step
+"$PYTHON" -m bench.gpu_machine $STEPS || exit 1
+for step in $STEPS; do
+    "$step"
 done
 if [ -n "$FAILED" ]; then
     echo "failed:$FAILED" >&2

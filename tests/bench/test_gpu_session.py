@@ -40,7 +40,7 @@ def fake_python(folder: Path, *, failing: str = "no such call") -> Path:
 def test_a_machine_without_a_gpu_is_refused(tmp_path):
     done = session(python=sys.executable, out=tmp_path)
     assert done.returncode == 1
-    assert done.stderr == f"gpu_session.sh: {sys.executable} finds no GPU\n"
+    assert f"gpu_session.sh: {sys.executable} finds no GPU\n" in done.stderr
 
 
 def test_a_step_that_takes_too_long_is_interrupted(tmp_path, monkeypatch):
@@ -86,6 +86,13 @@ def test_sanitizers_watch_tensors_that_are_allocations_of_their_own(tmp_path, mo
     ]
 
 
-def test_an_unknown_step_is_refused(tmp_path):
-    done = session("dance", python=fake_python(tmp_path), out=tmp_path)
+def test_an_unknown_step_is_refused_before_any_is_run(tmp_path):
+    done = session("build", "dance", python=fake_python(tmp_path), out=tmp_path)
     assert (done.returncode, done.stderr) == (2, "gpu_session.sh: unknown step 'dance'\n")
+    assert not (tmp_path / "calls").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    done = session("build", python=fake_python(tmp_path), out=tmp_path / "file")
+    assert done.returncode == 1
