@@ -13,6 +13,7 @@ import torch
 import attn_kd
 from attn_kd.ops import extension
 from bench.devices import default_device, describe_gpu
+from bench.targets import GOALS
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -44,6 +45,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker(absent):
             item.add_marker(pytest.mark.skip(reason=f"not measured on {device}"))
+    if device.type == "cuda":
+        items.sort(key=_rank_on_gpu)
+
+
+def _rank_on_gpu(item: pytest.Item) -> int:
+    """The place in the order of worth: a GPU's time may end before the benchmarks do.
+
+    First what there are goals for, then what only a GPU can show, and float32 last.
+    """
+    callspec = getattr(item, "callspec", None)
+    params = {} if callspec is None else callspec.params
+    shape, dtype = params.get("shape_name"), params.get("dtype_name")
+    aims = {(goal.shape, goal.dtype) for goal in GOALS if goal.device == "cuda"}
+    if item.path.stem == "bench_attention_kl" and (shape, dtype) in aims:
+        return 0
+    return 1 if item.get_closest_marker("gpu") else 3 if dtype == "float32" else 2
 
 
 @pytest.hookimpl(wrapper=True)

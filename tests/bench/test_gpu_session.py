@@ -96,3 +96,18 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").touch()
     done = session("build", python=fake_python(tmp_path), out=tmp_path / "file")
     assert done.returncode == 1
+
+
+def test_a_gpu_measures_what_there_are_goals_for_first():
+    """The time on one may end before the benchmarks do; float32 comes last."""
+    options = ["--collect-only", "--quiet", "--benchmark-only", "--device", "cuda"]
+    command = [sys.executable, "-m", "pytest", "bench", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    names = [line.partition("::")[2] for line in done.stdout.splitlines() if "::" in line]
+    assert {name.partition("[")[2].rpartition("-")[0] for name in names[:4]} == {
+        "bfloat16-dc5",
+        "bfloat16-video",
+    }
+    assert names[4].startswith("test_replay")
+    is_float32 = ["float32" in name for name in names]
+    assert is_float32 == sorted(is_float32) and is_float32[-1]
