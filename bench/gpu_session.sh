@@ -51,7 +51,8 @@ gpu() {
 
 # memcheck knows allocations, so tensors must not be cut from larger ones, as torch's allocator does.
 # Both backends are watched; a kernel that is not compiled in (cuda) is refused, and said to be. The
-# first run of the cases is watched by nobody: Triton keeps what it compiles in it.
+# first run of the cases is watched by nobody: by it all cores compile what Triton keeps for the
+# others, which take a case after the other.
 sanitize() {
     if ! command -v compute-sanitizer >/dev/null; then
         echo "== sanitize: no compute-sanitizer; it is in the CUDA toolkit"
@@ -61,7 +62,8 @@ sanitize() {
     whole=$LIMIT
     LIMIT=$((whole / 6))
     for backend in triton cuda; do
-        attempt "cases-$backend" "$PYTHON" -m bench.sanitizer_cases --backend "$backend"
+        attempt "cases-$backend" "$PYTHON" -m bench.sanitizer_cases --backend "$backend" \
+            --jobs 0
         for tool in memcheck racecheck; do
             attempt "$tool-$backend" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
                 compute-sanitizer --tool "$tool" --error-exitcode 2 \

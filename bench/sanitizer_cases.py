@@ -14,8 +14,12 @@ CPU, so that the sanitizer does not watch its many kernels.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -138,22 +142,42 @@ def check(name: str, device: torch.device, backend: str) -> str:
     return "right"
 
 
+def verdict(name: str, device: torch.device, backend: str) -> str:
+    """`check`, or what is wrong: the cases after one that is not right are of interest too."""
+    try:
+        return check(name, device, backend)
+    except AssertionError as error:
+        return f"wrong: {error}"
+    except Exception as error:  # a kernel that does not compile, an access that faults
+        return f"failed: {type(error).__name__}: {error}"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.sanitizer_cases", description=__doc__.partition("\n")[0]
     )
     parser.add_argument("--backend", default="triton", choices=("triton", "cuda", "cpu"))
     parser.add_argument("--device", type=torch.device, default=default_device())
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        help="processes that take cases in turn; 0: one for each core",
+    )
     args = parser.parse_args(argv)
-    verdicts = set()
-    for name in CASES:
-        verdict = check(name, args.device, args.backend)
-        print(f"{name}: {verdict}", flush=True)  # a sanitizer's words follow what was right before
-        verdicts.add(verdict)
+    jobs = args.jobs or os.cpu_count() or 1
+    judge = partial(verdict, device=args.device, backend=args.backend)
+    verdicts = []
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        in_turn = map if jobs == 1 else pool.map  # no process is begun for one
+        for name, said in zip(CASES, in_turn(judge, CASES), strict=True):
+            # A sanitizer's words follow what was right before.
+            print(f"{name}: {said}", flush=True)
+            verdicts.append(said)
     if "right" not in verdicts:
-        print("nothing was run", file=sys.stderr)
+        print("nothing was right", file=sys.stderr)
         return 1
-    return 0
+    return int(any(said.startswith(("wrong:", "failed:")) for said in verdicts))
 
 
 if __name__ == "__main__":

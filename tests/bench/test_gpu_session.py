@@ -79,7 +79,7 @@ def test_sanitizers_watch_tensors_that_are_allocations_of_their_own(tmp_path, mo
         line
         for backend in ("triton", "cuda")
         for line in (
-            f"-m bench.sanitizer_cases --backend {backend}",
+            f"-m bench.sanitizer_cases --backend {backend} --jobs 0",
             "1 memcheck",
             "1 racecheck",
         )

@@ -28,4 +28,22 @@ def test_a_backend_that_refuses_everything_is_no_success(capsys):
     assert main(["--backend", "cuda", "--device", "cpu"]) == 1
     printed = capsys.readouterr()
     assert printed.out.count("refused: backend='cuda' cannot run here") == len(CASES)
-    assert printed.err == "nothing was run\n"
+    assert printed.err == "nothing was right\n"
+
+
+@pytest.mark.skipif(extension.module is None, reason="needs the compiled kernels")
+def test_cases_after_a_wrong_one_are_run(monkeypatch, capsys):
+    some = {"heads": {"heads": "three"}, "head_dim 32": CASES["head_dim 32"]}
+    monkeypatch.setattr(sanitizer_cases, "CASES", some)
+    assert main(["--backend", "cpu", "--device", "cpu"]) == 1
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("heads: failed: TypeError: ") and second == "head_dim 32: right"
+
+
+@pytest.mark.skipif(extension.module is None, reason="needs the compiled kernels")
+def test_several_processes_say_what_one_says(capsys):
+    printed = []
+    for jobs in ("1", "2"):
+        assert main(["--backend", "cpu", "--device", "cpu", "--jobs", jobs]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] and printed[0].count(": right") == len(CASES)
