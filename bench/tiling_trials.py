@@ -162,6 +162,8 @@ def fault_of(run: Pass, expected: Results) -> str | None:
         found = run()
     except triton.OutOfResources:
         return TOO_LARGE
+    except Exception as error:  # as it comes from the compiler or the driver; the others go on
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     for number, (x, y) in enumerate(zip(found, expected, strict=True)):
         error = ((x - y).double().norm() / y.double().norm()).item()
         if not error <= TOLERANCE:  # or it is NaN

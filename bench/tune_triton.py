@@ -92,6 +92,14 @@ def compile_near(entries: Sequence[Entry], arch: int, jobs: int) -> list[Row]:
     return compile_all(pieces, jobs)
 
 
+def compile_ahead(entries: Sequence[Entry], arch: int, jobs: int) -> None:
+    """`compile_near`; what does not compile is told when it is tried."""
+    try:
+        compile_near(entries, arch, jobs)
+    except Exception as error:
+        print(f"bench.tune_triton: compiling ahead: {error}", file=sys.stderr)
+
+
 def resource_table(rows: Sequence[Row]) -> Table:
     """What kernels need, one line each."""
     head = ["kernel", "tiling", *FIGURES]
@@ -149,16 +157,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability()
         if (arch := 10 * major + minor) in ARCHITECTURES:
-            compile_near(entries, arch, args.jobs)  # by all cores; on other GPUs one by one
+            compile_ahead(entries, arch, args.jobs)  # by all cores; on other GPUs one by one
     shapes = {name: SHAPES[name] for name in args.shapes}
     found = {}
     for entry in entries:
         passes = passes_of(entry, shapes, device)
         tilings = near(entry.tiling, entry.kernel)
         found[entry] = try_all(entry, tilings, passes, clock_for(device), args.budget)
-        print(
-            f"### {entry.kernel}, head_dim {entry.width}\n\n{markdown(time_table(found[entry]))}\n"
-        )
+        times, line = markdown(time_table(found[entry])), table_entry(entry, found[entry])
+        # At once: whoever has little time on a GPU may interrupt the next.
+        print(f"### {entry.kernel}, head_dim {entry.width}\n\n{times}\n\n{line}\n", flush=True)
     print("\n".join(table_entry(entry, trials) for entry, trials in found.items()))
     faults = {trial.fault for trials in found.values() for trial in trials}
     return 0 if faults <= {None, TOO_LARGE} else 1

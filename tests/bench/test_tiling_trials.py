@@ -117,7 +117,22 @@ def test_wrong_results_and_tilings_that_do_not_fit_are_not_timed():
     assert [bool(trial.seconds["b"]) for trial in found] == [True, False, False]
 
 
-def test_another_failure_is_raised():
+def test_a_tiling_that_does_not_compile_keeps_no_other_from_being_tried():
+    def run() -> tuple[torch.Tensor]:
+        if in_force() == SECOND:
+            raise RuntimeError("PassManager::run failed")
+        return (torch.ones(1),)
+
+    tilings = [FIRST, SECOND, THIRD]
+    found = try_all(ENTRY, tilings, {"a": run}, CountingClock(), budget=0.0)
+    assert [trial.fault for trial in found] == [
+        None,
+        "a: RuntimeError: PassManager::run failed",
+        None,
+    ]
+
+
+def test_a_failure_of_the_present_tiling_is_raised():
     def run() -> tuple[torch.Tensor]:
         raise RuntimeError("no GPU")
 
