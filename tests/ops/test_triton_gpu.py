@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import attn_kd
-from tests.ops.cases import Sizes, assert_equal, random_inputs
+from tests.ops.cases import Results, Sizes, assert_equal, random_inputs
 from tests.ops.conftest import require_backend
-from tests.ops.kinds import KINDS, case_of
+from tests.ops.kinds import KINDS, Case, case_of
 
 pytestmark = pytest.mark.gpu
 
@@ -26,17 +26,23 @@ def _on_the_gpu() -> Iterator[None]:
         yield
 
 
-@every_kind
-def test_a_training_step_is_captured_and_replayed(kind):
-    case = case_of(kind, SIZES, torch.bfloat16)
+def capture(case: Case) -> tuple[torch.cuda.CUDAGraph, Results, Results]:
+    """A step in a graph, what its replays write, and what an eager one has given."""
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
-        first = case.step("triton")  # compiles
+        eager = case.step("triton")  # compiles
     side.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = case.step("triton")
+    return graph, captured, eager
+
+
+@every_kind
+def test_a_training_step_is_captured_and_replayed(kind):
+    case = case_of(kind, SIZES, torch.bfloat16)
+    graph, captured, first = capture(case)
     case.inputs.query.mul_(2)
     graph.replay()
     expected = case.step("triton")
@@ -44,6 +50,20 @@ def test_a_training_step_is_captured_and_replayed(kind):
         captured, expected = ({n: r[n] for n in ("kl", "lse")} for r in (captured, expected))
     assert_equal(captured, expected)
     assert not torch.equal(captured["kl"], first["kl"])
+
+
+def test_each_replay_draws_new_noise_that_its_two_passes_share():
+    """The output is linear in the value, so that what is kept is the same if dO.o = V.dV."""
+    case = case_of(KINDS["dropout"], SIZES)
+    graph, captured, _ = capture(case)
+    outputs = []
+    for _ in range(2):
+        graph.replay()
+        outputs.append(captured["output"].clone())
+        by_output = (case.cotangents.output * captured["output"]).double().sum()
+        by_value = (case.inputs.value * captured["grad_value"]).double().sum()
+        torch.testing.assert_close(by_output, by_value, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(*outputs)
 
 
 @every_kind
