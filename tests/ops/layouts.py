@@ -85,3 +85,12 @@ def _memory_of_a_gpu(extent: int, like: Tensor) -> Tensor:
         return torch.empty(extent, dtype=like.dtype, device=like.device)
     except torch.cuda.OutOfMemoryError:
         pytest.skip(f"needs {extent * like.itemsize / 2**30:.0f} GiB more of the GPU's memory")
+
+
+def amid(filling: float, x: Tensor, rows: int = 64, columns: int = 16) -> Tensor:
+    """The same values, with others before and behind the rows and the columns of every head."""
+    B, H, L, D = x.shape
+    memory = x.new_full((B, H, L + 2 * rows, D + 2 * columns), filling)
+    inner = memory[:, :, rows:-rows, columns:-columns]
+    inner.copy_(x)
+    return inner

@@ -15,6 +15,7 @@ from attn_kd.ops.arguments import Operands, Options
 from attn_kd.ops.triton_problem import make_problem
 from tests.conftest import HAS_GPU
 from tests.ops.cases import (
+    Inputs,
     Sizes,
     assert_as_accurate_as_eager,
     assert_equal,
@@ -25,6 +26,7 @@ from tests.ops.cases import (
 )
 from tests.ops.conftest import require_backend
 from tests.ops.kinds import KINDS, Case, case_of
+from tests.ops.layouts import amid
 
 pytestmark = pytest.mark.skipif(HAS_GPU, reason="tilings of the interpreter")
 
@@ -148,3 +150,22 @@ def test_nan_in_hidden_tiles_changes_nothing(backend, set_tiles, kind, dtype):
     )
     assert_equal(dirty, clean)
     assert not any(result.isnan().any() for result in clean.values())
+
+
+@covered
+@pytest.mark.parametrize("width", [20, 32], ids=["narrower than a tile", "as wide as a tile"])
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
+def test_nothing_is_read_beyond_a_tensor(backend, set_tiles, kind, width):
+    """Where tiles end behind the last row, key or column, there are NaN; behind a mask, keys."""
+    set_tiles()
+    case = case_of(kind, SIZES._replace(D=width, Dv=width, Dt=width))
+    options = dict(case.options)
+    if "attn_mask" in options:
+        mask = options["attn_mask"]
+        options["attn_mask"] = amid(True if mask.dtype == torch.bool else torch.nan, mask)
+    amidst = case._replace(
+        inputs=Inputs(*(amid(torch.nan, tensor) for tensor in case.inputs)),
+        cotangents=case.cotangents._replace(output=amid(torch.nan, case.cotangents.output)),
+        options=options,
+    )
+    assert_equal(amidst.seeded_step("triton"), case.seeded_step("triton"))
