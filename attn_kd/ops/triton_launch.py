@@ -197,7 +197,11 @@ def operand(tensor: Tensor | None) -> Operand:
     """A [B, H, L, width] tensor, or none, as a kernel takes it."""
     if tensor is None:
         return Operand(None, 0, 0, 0)
-    return Operand(tensor, *tensor.stride()[:3])
+    # Of a single entry any stride is right, and 1 would be a case of its own.
+    batch, head, row = (
+        0 if n == 1 else s for n, s in zip(tensor.shape, tensor.stride()[:3], strict=False)
+    )
+    return Operand(tensor, batch, head, row)
 
 
 def mask_of(problem: Problem) -> Mask:

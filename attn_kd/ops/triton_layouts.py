@@ -57,9 +57,14 @@ def is_in_reach(shape: torch.Size, strides: tuple[int, ...], group: int = 1) -> 
     """Whether a kernel can read [B, H, L, width] in place.
 
     The last stride must be 1, and rows within reach of 32 bits; a tile of keys that stand for
-    groups of rows reaches that many times as far.
+    groups of rows reaches that many times as far. No other stride may be 1, as those of one column
+    are: Triton makes them compile-time constants, which 3.6 loses in a loop.
     """
-    return (strides[3] == 1 or shape[3] <= 1) and group * strides[2] < FARTHEST_ROW
+    if shape[3] == 0:
+        return True
+    apart = all(stride != 1 for stride, size in zip(strides[:3], shape, strict=False) if size > 1)
+    unit = strides[3] == 1 or shape[3] <= 1
+    return unit and apart and group * strides[2] < FARTHEST_ROW
 
 
 def mask_strides(mask: Layout) -> tuple[int, ...]:

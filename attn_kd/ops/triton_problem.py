@@ -213,14 +213,20 @@ def in_reach(tensor: Tensor, group: int = 1) -> Tensor:
     """The [B, H, L, width] tensor if kernels can read it in place, else a copy."""
     if is_in_reach(tensor.shape, tensor.stride(), group):
         return tensor
-    return tensor.contiguous()
+    return _empty_in_reach(tensor).copy_(tensor)
 
 
 def writable(result: Tensor) -> Tensor:
     """The [B, H, L, width] result if kernels can write it in place, else a scratch to copy from."""
     if is_in_reach(result.shape, result.stride()):
         return result
-    return torch.empty_like(result, memory_format=torch.contiguous_format)
+    return _empty_in_reach(result)
+
+
+def _empty_in_reach(like: Tensor) -> Tensor:
+    if like.shape[3] > 1:
+        return torch.empty_like(like, memory_format=torch.contiguous_format)
+    return like.new_empty((*like.shape[:3], 2))[..., : like.shape[3]]  # see is_in_reach
 
 
 def row_values(tensor: Tensor | None, expected: tuple[int, ...], query: Tensor) -> Tensor | None:

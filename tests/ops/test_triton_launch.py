@@ -111,6 +111,17 @@ def test_tiles_are_within_reach_of_32_bits(monkeypatch, divergence, sizes):
 
 
 @pytest.mark.parametrize("divergence", ["reverse_kl", "js"])
+@pytest.mark.parametrize("sizes", [(40, 2, 3, 1), (1, 2, 3, 1), (1, 1, 1, 1)], ids=str)
+def test_no_stride_is_1(monkeypatch, divergence, sizes):
+    """Triton 3.6 compiles no loop over operands that have one."""
+    launches = launches_of(monkeypatch, sizes, divergence)
+    assert len(launches) >= 4
+    for launched in launches:
+        for name, operand in operands_of(launched):
+            assert 1 not in operand[1:], (launched.kernel.__name__, name)
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "js"])
 @pytest.mark.parametrize("wanted", [*itertools.product([False, True], repeat=3)], ids=str)
 def test_gradients_that_nobody_wants_take_no_memory(monkeypatch, divergence, wanted):
     """But that of a key takes that of its value and the reverse, and two passes a scratch."""
