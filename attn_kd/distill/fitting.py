@@ -53,7 +53,8 @@ class ModelGrid:
         return grid
 
 
-@dataclass(frozen=True)
+# The compiler of torch 2.11 asks for the hash of what it calls, before it has fields to hash.
+@dataclass(frozen=True, eq=False)
 class PairFit:
     """Makes the record of a pair's teacher layer comparable with the student's layer.
 

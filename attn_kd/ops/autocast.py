@@ -9,8 +9,16 @@ from attn_kd.ops.arguments import Operands
 
 def is_enabled(device: torch.device) -> bool:
     """Return whether autocast is on for the device's type."""
-    available = torch.amp.is_autocast_available(device.type)
-    return available and torch.is_autocast_enabled(device.type)
+    return _is_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def _is_available(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
+# What torch.compiler.assume_constant_result does, but for importing the compiler: that of torch
+# 2.11 cannot trace the question, and shall ask it once.
+_is_available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def cast_student(operands: Operands) -> Operands:
