@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
+from transformers import DetrConfig, DetrForObjectDetection, PreTrainedModel, ResNetConfig
 
 IMAGE_SIZE = 64
 STRIDE = 8  # of the backbone below: 64 x 64 pixels become 8 x 8 = 64 tokens
@@ -65,6 +65,14 @@ def tiny_batch(
             {"class_labels": torch.empty(0, dtype=torch.long), "boxes": box[:0]},
         ]
     return batch
+
+
+def checkpoint_activations(model: PreTrainedModel, options: dict[str, Any] | None = None) -> None:
+    """Turn on activation checkpointing, with options of torch.utils.checkpoint.checkpoint."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(options)
+    else:  # its name in transformers 5.17
+        model.gradient_checkpointing_enable(options)
 
 
 def token_mask(batch: dict[str, Any]) -> Tensor:

@@ -12,7 +12,7 @@ from attn_kd import available_backends
 from attn_kd.distill import AttentionDistiller
 from attn_kd.errors import InputError
 from tests.distill.explicit import explicit_encoder_kl, gradients
-from tests.tiny_detr import tiny_batch, tiny_detr
+from tests.tiny_detr import checkpoint_activations, tiny_batch, tiny_detr
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_checkpointed_layers_recompute_with_the_record_of_their_own_pass(teacher
         expected = encoder_gradients(
             student, sum(distiller(**batch).attention_kl for batch in batches)
         )
-        student.activation_checkpointing_enable()
+        checkpoint_activations(student)
         results = [distiller(**batch).attention_kl for batch in batches]
         actual = encoder_gradients(student, sum(results))
     torch.testing.assert_close(actual, expected)
@@ -147,7 +147,7 @@ def test_checkpointing_of_every_layer_changes_no_gradient(teacher, student, opti
             assert len(result.attention_kl_per_layer) == 4
             loss = result.attention_kl + result.student.logits.square().mean()
             results.append(gradients(loss, student))
-            student.activation_checkpointing_enable()
+            checkpoint_activations(student)
     torch.testing.assert_close(*results)
 
 
@@ -163,7 +163,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(teacher, student):
 
 def test_reentrant_checkpointing_is_refused(teacher, student):
     student.train()
-    student.activation_checkpointing_enable({"use_reentrant": True})
+    checkpoint_activations(student, {"use_reentrant": True})
     with (
         AttentionDistiller(teacher, student) as distiller,
         pytest.raises(InputError, match="use_reentrant=False"),

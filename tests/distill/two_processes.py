@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from attn_kd.distill import AttentionDistiller
-from tests.tiny_detr import tiny_batch, tiny_detr
+from tests.tiny_detr import checkpoint_activations, tiny_batch, tiny_detr
 
 EVERY_KIND = {"layers": "all", "kinds": ("encoder_self", "decoder_self", "decoder_cross")}
 CASES: dict[str, dict[str, Any]] = {
@@ -64,7 +64,7 @@ def gradients_of_case(
     """Return the student's gradients after one optimisation step's worth of backward passes."""
     teacher, student = models()
     if checkpointing:
-        student.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(student, {"use_reentrant": False})
     parts = list(micro_batches(batch, 2)) if accumulate else [batch]
     with AttentionDistiller(teacher, student, **options) as distiller:
         replica = DistributedDataParallel(student) if distributed else student

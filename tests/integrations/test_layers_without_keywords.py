@@ -7,6 +7,7 @@ import torch
 
 from attn_kd import AttentionDistiller
 from tests.integrations.zoo import FAMILIES
+from tests.tiny_detr import checkpoint_activations
 
 
 @pytest.fixture(params=["yolos", "rf-detr", "lw-detr"])
@@ -27,10 +28,7 @@ def gradients(model, loss):
 def checkpoint_layers(model):
     """RF-DETR and LW-DETR themselves do not support checkpointing, but their backbones do."""
     part = next(m for m in model.modules() if getattr(m, "supports_gradient_checkpointing", False))
-    if hasattr(part, "activation_checkpointing_enable"):
-        part.activation_checkpointing_enable()
-    else:  # transformers before 5.18
-        part.gradient_checkpointing_enable()
+    checkpoint_activations(part)
 
 
 def test_checkpointed_layers_recompute_with_the_record_of_their_own_pass(family):
