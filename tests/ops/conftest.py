@@ -15,8 +15,7 @@ from tests.ops.covering import covering
 from tests.ops.interpreter import hasten
 from tests.ops.poison import poisoned_scratch, poisoned_tensors  # noqa: F401  (fixtures)
 
-if not HAS_GPU and attn_kd.available_backends()["triton"].available:
-    hasten()
+hasten()
 
 
 def require_backend(name: str) -> str:
