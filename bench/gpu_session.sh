@@ -39,7 +39,12 @@ attempt() {
     tail -n 5 "$OUT/gpu-$name.log"
 }
 
+# attn_kd.kernels is the folder kernels/ by an installation alone: an extension in place is not enough.
 build() {
+    "$PYTHON" -c 'import os, attn_kd.kernels as k; assert os.path.samefile(*k.__path__, "kernels")' \
+        2>/dev/null ||
+        attempt install env ATTN_KD_BUILD_EXTENSION=never \
+            "$PYTHON" -m pip install --no-build-isolation --no-deps --editable .
     attempt build env ATTN_KD_BUILD_EXTENSION=require ATTN_KD_BUILD_CUDA=require \
         "$PYTHON" setup.py build_ext --inplace
     attempt info "$PYTHON" -m attn_kd info

@@ -67,6 +67,18 @@ def test_steps_that_succeed_leave_their_logs(tmp_path):
     assert logs == {"gpu-build.log", "gpu-info.log", "gpu-tests.log"}
 
 
+def test_a_package_that_is_not_installed_is_installed_before_it_is_built(tmp_path):
+    """Else there is no attn_kd.kernels, and with it nothing of Triton."""
+    done = session("build", python=fake_python(tmp_path, failing="attn_kd.kernels"), out=tmp_path)
+    assert done.returncode == 0
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert [call for call in calls if not call.startswith("-c")] == [
+        "-m pip install --no-build-isolation --no-deps --editable .",
+        "setup.py build_ext --inplace",
+        "-m attn_kd info",
+    ]
+
+
 def test_sanitizers_watch_tensors_that_are_allocations_of_their_own(tmp_path, monkeypatch):
     sanitizer = tmp_path / "compute-sanitizer"
     sanitizer.write_text('#!/bin/sh\necho "$PYTORCH_NO_CUDA_MEMORY_CACHING $2" >>"$CALLS"\n')
