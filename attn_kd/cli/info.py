@@ -47,6 +47,8 @@ def _versions() -> list[tuple[str, str]]:
 
 
 def _installed(package: str) -> str:
+    if package == "torch":
+        return torch.__version__  # the metadata of a wheel may not say for which CUDA it is
     try:
         return version(package)
     except PackageNotFoundError:
