@@ -75,6 +75,8 @@ def test_bad_input_is_one_line(model, data, capsys, changes, message):
     assert message in line
 
 
+# Python 3.12 and newer warn of fork() in a process with threads; pytest shows what they hide.
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_image_found_broken_by_a_loading_process_is_one_line(model, tmp_path, capsys):
     data = write_tiny_data(tmp_path / "data")
     file = data / "images" / "val_004.png"
