@@ -75,6 +75,7 @@ if not torch.cuda.is_available():
     torch.cuda.is_available = lambda: True  # which Triton asks, too
     torch.cuda.current_device = lambda: 0
     torch.cuda.get_device_capability = lambda device: (8, 0)
+    torch.cuda.get_device_name = lambda: "a GPU"
     torch.version.cuda = "13.0"
 print(attn_kd.available_backends()["triton"].reason)
 try:
