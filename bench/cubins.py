@@ -42,9 +42,14 @@ class Resources:
     threads: int | None = None  # a block's, where the kernel is compiled for no more
 
     @property
+    def spilled_bytes(self) -> int:
+        """Bytes of local memory that a thread uses."""
+        return self.stack_bytes + self.local_bytes
+
+    @property
     def spills(self) -> bool:
         """Whether a thread uses local memory."""
-        return self.stack_bytes + self.local_bytes > 0
+        return self.spilled_bytes > 0
 
     def blocks(self, arch: int, warps: int) -> int:
         """Blocks of that many warps that a multiprocessor can hold at a time."""

