@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
+from torch.autograd.function import _SingleLevelFunction
 
 from attn_kd.ops import autocast
 from attn_kd.ops.arguments import Operands
@@ -61,8 +62,22 @@ def autocast_key(device_type: str) -> str:
     return "Autocast" + torch._C._dispatch_key_for_device(device_type)
 
 
-class _Attention(FusedAttentionKL):
+class _Recorded(_SingleLevelFunction):
+    """A Function of one level of torch.func: the level whose Autograd kernel applies it.
+
+    A `torch.autograd.Function` would begin at the innermost level again, and is refused below the
+    dispatcher.
+    """
+
+    apply: ClassVar[Callable[..., Any]]  # torch's own, of which its types say nothing
+    # Compiled autograd asks for it, and finds it in Function alone.
+    _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
+
+
+class _Attention(_Recorded):
     """What the forward operator records."""
+
+    setup_context = staticmethod(FusedAttentionKL.setup_context)
 
     @staticmethod
     def forward(*arguments: Any) -> Results:
@@ -78,7 +93,7 @@ class _Attention(FusedAttentionKL):
         return with_constants(of_student, wanted)
 
 
-class _Gradients(torch.autograd.Function):
+class _Gradients(_Recorded):
     """What the backward operator records: without it the derivative would silently be zero."""
 
     @staticmethod
@@ -111,14 +126,10 @@ def _below_autograd(operator: Any, arguments: tuple, **options: Any) -> Any:
         return operator(*arguments, **options)
 
 
-def _apply(function: type[torch.autograd.Function], arguments: tuple) -> Any:
-    """Record the function at the level of torch.func whose Autograd kernel this is.
-
-    Not by `function.apply`: that would begin at the innermost level again, and is refused below
-    the dispatcher.
-    """
+def _apply(function: type[_Recorded], arguments: tuple) -> Any:
+    """Record the function at the level of torch.func whose Autograd kernel this is."""
     with enable_single_level_autograd_function():
-        return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
+        return function.apply(*arguments)
 
 
 @contextmanager
