@@ -302,7 +302,9 @@ def _sums(grads: list[Tensor], of_several: bool) -> list[Tensor]:
     if not of_several:
         return grads
     return [
-        grad if grad.dtype == torch.float32 else torch.empty_like(grad, dtype=torch.float32)
+        grad
+        if grad.dtype == torch.float32
+        else writable(torch.empty_like(grad, dtype=torch.float32))
         for grad in grads
     ]
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attn_kd.ops import fake
+from attn_kd.ops import fake, triton_two_pass
 from attn_kd.ops.arguments import Operands, Options
 from attn_kd.ops.triton_problem import in_reach, make_problem
 from tests.ops.cases import Sizes, random_inputs
@@ -114,7 +114,19 @@ def test_tiles_are_within_reach_of_32_bits(monkeypatch, divergence, sizes):
 @pytest.mark.parametrize("sizes", [(40, 2, 3, 1), (1, 2, 3, 1), (1, 1, 1, 1)], ids=str)
 def test_no_stride_is_1(monkeypatch, divergence, sizes):
     """Triton 3.6 compiles no loop over operands that have one."""
-    launches = launches_of(monkeypatch, sizes, divergence)
+    expect_no_stride_of_1(launches_of(monkeypatch, sizes, divergence))
+
+
+def test_no_stride_is_1_in_sums_over_regions(monkeypatch):
+    """Nor is one in the float32 numbers that several regions of averaged maps add to."""
+    monkeypatch.setattr(triton_two_pass, "REGION_ELEMENTS", 128 * 128)
+    launches = launches_of(monkeypatch, (300, 2, 3, 1), "mse", head_reduction="mean")
+    sums = [operand for one in launches for name, operand in operands_of(one) if "grad_" in name]
+    assert any(operand.data.dtype == torch.float32 for operand in sums)
+    expect_no_stride_of_1(launches)
+
+
+def expect_no_stride_of_1(launches: list) -> None:
     assert len(launches) >= 4
     for launched in launches:
         for name, operand in operands_of(launched):
@@ -146,22 +158,22 @@ def memory_of_backward(
     return memory.peak
 
 
-def launches_of(monkeypatch, sizes: tuple[int, ...], divergence: str) -> list:
+def launches_of(monkeypatch, sizes: tuple[int, ...], divergence: str, **options: Any) -> list:
     """What a call and its backward pass launch."""
-    backward, launches = backward_and_launches(monkeypatch, sizes, divergence)
+    backward, launches = backward_and_launches(monkeypatch, sizes, divergence, **options)
     backward()
     return launches
 
 
 def backward_and_launches(
-    monkeypatch, sizes: tuple[int, ...], divergence: str
+    monkeypatch, sizes: tuple[int, ...], divergence: str, **more: Any
 ) -> tuple[Callable[..., Any], list]:
     """The backward pass of a call without data, and a list of what is launched from then on."""
     from attn_kd.ops import triton_launch, triton_operator
 
     launches = []
     monkeypatch.setattr(triton_launch.Launch, "run", lambda launch: launches.append(launch))
-    x, options = without_data(sizes), Options(divergence=divergence)
+    x, options = without_data(sizes), Options(divergence=divergence, **more)
     output, kl, _, teacher_lse, state = triton_operator.forward(*Operands(x, x, x, x, x), *options)
     saved = (x, x, x, x, x, None, None, output, teacher_lse, state)
     backward = functools.partial(triton_operator.backward, output, kl, None, *saved, *options)
