@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -14,6 +15,10 @@ import attn_kd
 from attn_kd.ops import extension
 from bench.devices import default_device, describe_gpu
 from bench.targets import GOALS
+
+# A job that a script puts in the background ignores Ctrl-C, by which a limit of time ends it with
+# what has been measured.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

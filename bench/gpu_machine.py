@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ALL_STEPS = ("torch", "triton", "numpy")
 # Modules that a step needs besides; of what its tests need more, they skip.
 STEPS = {
-    "build": ("setuptools", "ninja"),
+    "build": ("pip", "setuptools", "ninja"),
     "gpu": ("pytest", "hypothesis"),
     "sanitize": (),
     "bench": ("pytest", "pytest_benchmark", "transformers"),
@@ -36,18 +36,25 @@ def lacking(steps: Sequence[str]) -> list[str]:
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         return [f"{sys.executable} has no {', '.join(missing)}"]
-    # The package is found in the working folder, but its device code where it is installed: of
-    # another checkout, other kernels would be measured than those that are here.
-    kernels = importlib.util.find_spec("attn_kd.kernels")
-    places = [] if kernels is None else kernels.submodule_search_locations or []
-    lines = []
-    if ROOT / "kernels" not in [Path(place).resolve() for place in places]:
-        lines.append(f"attn_kd is not installed from {ROOT}; there: {INSTALL}")
+    lines = [] if "build" in steps else _installed_elsewhere()
     import torch
 
     if not torch.cuda.is_available():
         lines.append(f"{sys.executable} finds no GPU")
     return lines
+
+
+def _installed_elsewhere() -> list[str]:
+    """Say where the device code is not this checkout's; the step `build` installs that.
+
+    The package is found in the working folder, but its device code where it is installed: of
+    another checkout, other kernels would be measured than those that are here.
+    """
+    kernels = importlib.util.find_spec("attn_kd.kernels")
+    places = [] if kernels is None else kernels.submodule_search_locations or []
+    if ROOT / "kernels" in [Path(place).resolve() for place in places]:
+        return []
+    return [f"attn_kd is not installed from {ROOT}; there: {INSTALL}"]
 
 
 def main(steps: Sequence[str]) -> int:

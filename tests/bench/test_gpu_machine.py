@@ -50,3 +50,9 @@ def test_kernels_of_another_checkout_are_not_taken_for_those_that_are_here(tmp_p
     )
     assert done.returncode == 1
     assert done.stderr.startswith(f"gpu_session.sh: attn_kd is not installed from {here}; there:")
+
+
+def test_what_the_build_installs_need_not_be_there_before(monkeypatch):
+    monkeypatch.setattr("bench.gpu_machine.ROOT", Path("/another/checkout"))
+    assert any("is not installed" in line for line in lacking(["bench"]))
+    assert not any("is not installed" in line for line in lacking(["build", "bench"]))

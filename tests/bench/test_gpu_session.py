@@ -73,6 +73,7 @@ def test_a_package_that_is_not_installed_is_installed_before_it_is_built(tmp_pat
     assert done.returncode == 0
     calls = (tmp_path / "calls").read_text().splitlines()
     assert [call for call in calls if not call.startswith("-c")] == [
+        "-m bench.gpu_machine build",
         "-m pip install --no-build-isolation --no-deps --editable .",
         "setup.py build_ext --inplace",
         "-m attn_kd info",
