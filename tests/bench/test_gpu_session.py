@@ -40,7 +40,7 @@ def fake_python(folder: Path, *, failing: str = "no such call") -> Path:
 def test_a_machine_without_a_gpu_is_refused(tmp_path):
     done = session(python=sys.executable, out=tmp_path)
     assert done.returncode == 1
-    assert f"gpu_session.sh: {sys.executable} finds no GPU\n" in done.stderr
+    assert f"gpu_session.sh: {os.path.abspath(sys.executable)} finds no GPU\n" in done.stderr
 
 
 def test_a_step_that_takes_too_long_is_interrupted(tmp_path, monkeypatch):
