@@ -30,7 +30,7 @@ LAYERS = (
     {"integrations"},
     {"nn"},
     {"ops"},
-    {"errors", "_atomic", "_build", "_nvidia", "_C", "kernels"},
+    {"errors", "_atomic", "_locking", "_build", "_nvidia", "_C", "kernels"},
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
