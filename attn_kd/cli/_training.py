@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -68,12 +69,7 @@ BACKBONE_OPTIONS = (
     Option("--cache-views", "cache_views", "views of an image in that cache", positive_int),
 )
 RUN_OPTIONS = (
-    Option(
-        "--eval-steps",
-        "eval_steps",
-        "steps between COCO metrics on val",
-        positive_int,
-    ),
+    Option("--eval-steps", "eval_steps", "steps between COCO metrics on val", positive_int),
     Option("--save-steps", "save_steps", "steps between checkpoints", positive_int),
     Option("--log-steps", "log_steps", "steps between entries of history.json", positive_int),
     Option("--workers", "num_workers", "processes that load images", whole_number),
@@ -130,10 +126,14 @@ def add_options(parser: argparse.ArgumentParser, title: str, options: tuple[Opti
         group.add_argument(option.flag, **how)
 
 
+@functools.cache
+def _recipes() -> dict[str, TrainingConfig]:
+    return {name: TrainingConfig.for_preset(preset=name) for name in RECIPES}
+
+
 def _default_of(option: Option) -> str:
     """What the recipes say of an option, for its help; nothing where the help says it itself."""
-    recipes = {name: TrainingConfig.for_preset(preset=name) for name in RECIPES}
-    values = {name: getattr(recipe, option.field) for name, recipe in recipes.items()}
+    values = {name: getattr(recipe, option.field) for name, recipe in _recipes().items()}
     told = [value for value in values.values() if value is not None and value is not False]
     if not told or option.type is None or "default" in option.help:
         return ""
