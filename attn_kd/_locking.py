@@ -20,15 +20,14 @@ def locked_folder(path: str | os.PathLike) -> Iterator[bool]:
     import fcntl  # of POSIX systems alone
 
     folder = os.open(path, os.O_RDONLY)
+    is_mine = True
     try:
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             is_mine = False
-        except OSError:
-            is_mine = True
-        else:
-            is_mine = True
+        except OSError:  # it cannot be locked
+            pass
         yield is_mine
     finally:
         os.close(folder)
