@@ -91,11 +91,11 @@ struct Problem {
 // Per-row values (kl, lse, ...) are contiguous [B, H, Lq] in the accumulation type: double where
 // the inputs are double, else float. Logarithms are natural, but for the origin.
 //
-// The backward pass knows a row's map by its origin, the highest base-2 logit m, and its inverse
-// sum, 1 / sum_j 2^(s_j - m), which is 0 where the row sees no key: a_j = 2^(s_j - m) * inverse_sum
-// is exact to the last digits, which a map recomputed from one rounded LSE is not. The correction
-// is what the gradient of the divergence needs beside them: for reverse_kl sum_j a_j (s_j - t_j),
-// in two passes sum_j a_j dphi/da_j (see kernels/divergence.h).
+// The backward pass knows a row's map by its origin m, near its highest base-2 logit, and its
+// inverse sum, 1 / sum_j 2^(s_j - m), which is 0 where the row sees no key: a_j = 2^(s_j - m) *
+// inverse_sum is exact to the last digits, which a map recomputed from one rounded LSE is not. The
+// correction is what the gradient of the divergence needs beside them: for reverse_kl
+// sum_j a_j (s_j - t_j), in two passes sum_j a_j dphi/da_j (see kernels/divergence.h).
 struct ForwardProblem : Problem {
   int64_t panels_per_task = 1;  // at most kMaxPanelsPerTask
   int64_t key_splits = 1;       // tasks per block of panels, each with a part of the keys

@@ -2,8 +2,8 @@
 
 Sizes refer to csrc/cpu: panels of 64 queries in float32 and 32 in float64, up to 4 of them a task;
 tiles of 96 keys forward, 48 backward and in second passes; chunks of 704 KiB of keys backward, of
-512 keys where there is a second pass, of fewer for several heads together; micro-kernels of 4, 6, 8
-or 12 rows and 1 to 4 vectors of 4 to 16 lanes.
+512 keys where there is a second pass, of fewer for several heads together; micro-kernels of 3, 4, 6
+or 8 rows and 1 to 4 vectors of 4 to 16 lanes.
 """
 
 from __future__ import annotations

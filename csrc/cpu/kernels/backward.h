@@ -16,7 +16,7 @@
 
 namespace attn_kd::ATTN_KD_ISA {
 
-// Keys of a backward tile: a multiple of the micro-kernels' 6 and 12 rows; three tiles are 36 KiB.
+// Keys of a backward tile: a multiple of the micro-kernels' rows; three tiles are 36 KiB.
 inline constexpr int64_t kBackwardKeys = 48;
 
 // P = 2^logits and dS = P (dP + offset + divergence part) of one vector of lanes, each to its

@@ -66,15 +66,16 @@ class Bias {
       if (hides(key)) fill(rows + key * width, width, T(0));
   }
 
-  // tile[key * kPanel + row] += bias; masked pairs become kMasked.
-  void add_to(T* tile, int64_t keys, int64_t vectors) const {
+  // tile[key * kPanel + row - lane] += bias, from `lane` on; masked pairs become kMasked.
+  void add_to(T* tile, int64_t keys, int64_t vectors, int64_t lane = 0) const {
     if (!mask_) return;
+    const T* values = values_ + lane;
     for (int64_t key = 0; key < keys; ++key, tile += kPanel<T>) {
       if (per_key_ && values_[key] == 0) continue;
       for (int64_t v = 0; v < vectors; ++v) {
         T* at = tile + v * kLanes<T>;
         const vec<T> bias =
-            per_key_ ? broadcast(values_[key]) : load(values_ + key * kPanel<T> + v * kLanes<T>);
+            per_key_ ? broadcast(values_[key]) : load(values + key * kPanel<T> + v * kLanes<T>);
         store<T>(at, bias == kMasked<T> ? bias : load(at) + bias);
       }
     }

@@ -1,4 +1,4 @@
-// 2^x of whole vectors, for x <= 0 up to rounding, accurate to about one unit in the last place.
+// 2^x of whole vectors, for x < 127, accurate to about one unit in the last place.
 //
 // x = n + f with n an integer and |f| <= 1/2; 2^f = 1 + f q(f) by a minimax polynomial of the
 // relative error (Remez exchange): 2.6e-9 for float, 1.8e-17 for double. -inf gives 0 and NaN gives
@@ -48,18 +48,17 @@ inline vec<T> exp2_fraction(vec<T> f) {
 template <class T>
 inline vec<T> exp2(vec<T> x) {
 #if defined(__AVX512F__)
-  // Into a register: with an operand in memory vreduce waits, on Zen 4, for what its destination
+  // Into a register: with an operand in memory vrndscale waits, on Zen 4, for what its destination
   // held before, and a loop's exponentials for each other, which makes them three times as slow.
   asm("" : "+v"(x));
-  // vreduce leaves x - round(x), and 0 for an infinite x; vscalef handles underflow and NaN.
+  // vscalef handles underflow and NaN. An infinite x leaves a NaN to be scaled by 2^x, of which
+  // vscalef makes 0 or infinity.
   if constexpr (std::is_same_v<T, float>) {
-    const __m512 fraction = _mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);
     const __m512 n = _mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);
-    return (vec<T>)_mm512_scalef_ps((__m512)exp2_fraction<T>((vec<T>)fraction), n);
+    return (vec<T>)_mm512_scalef_ps((__m512)exp2_fraction<T>(x - (vec<T>)n), n);
   } else {
-    const __m512d fraction = _mm512_reduce_pd((__m512d)x, _MM_FROUND_TO_NEAREST_INT);
     const __m512d n = _mm512_roundscale_pd((__m512d)x, _MM_FROUND_TO_NEAREST_INT);
-    return (vec<T>)_mm512_scalef_pd((__m512d)exp2_fraction<T>((vec<T>)fraction), n);
+    return (vec<T>)_mm512_scalef_pd((__m512d)exp2_fraction<T>(x - (vec<T>)n), n);
   }
 #else
   using C = Exp2Constants<T>;

@@ -19,7 +19,7 @@ namespace attn_kd::ATTN_KD_ISA {
 
 using cpu::ForwardProblem;
 
-// Keys of a forward tile: a multiple of the micro-kernel's 6 rows; two tiles of 96 keys by 64
+// Keys of a forward tile: a multiple of the micro-kernel's rows; two tiles of 96 keys by 64
 // floats are 48 KiB.
 inline constexpr int64_t kForwardKeys = 96;
 
@@ -135,10 +135,11 @@ class ForwardWorker {
 
   // What a panel gathers from one of the ranges.
   RunningSums<T> gathered(const QueryPanel<Precision>& panel, int64_t head, int64_t split) const {
-    if (p_.key_splits == 1) return RunningSums<T>(panel.memory);
+    if (p_.key_splits == 1) return RunningSums<T>(panel.memory, panel.rows);
     const int64_t index = head * ceil_div(p_.query_length, P) + panel.first_row / P;
-    return RunningSums<T>(static_cast<T*>(p_.partials) +
-                          (index * p_.key_splits + split) * RunningSums<T>::elements(p_.value_dim));
+    const int64_t at = index * p_.key_splits + split;
+    return RunningSums<T>(
+        static_cast<T*>(p_.partials) + at * RunningSums<T>::elements(p_.value_dim), panel.rows);
   }
 
   // Whether all other tasks of the block have gathered their part: it can be read from here on.
@@ -178,18 +179,30 @@ class ForwardWorker {
     key_.clear_hidden(bias_, 0, keys);
     teacher_key_.clear_hidden(bias_, 0, keys, p_.teacher_keys(1));
     value_.clear_hidden(bias_, 0, keys);
-    logit_tile<Precision>(keys, 1, vectors, p_.head_dim, key_.rows(0), panel.query, p_.scale,
-                          zeros_, zeros_, bias_, logits_, panel.rows);
+    student_logits(panel, keys, 0, vectors);
     if constexpr (Div::kTeacher)
       logit_tile<Precision>(keys, p_.teacher_keys(1), vectors, p_.teacher_dim, teacher_key_.rows(0),
                             panel.teacher_query, p_.teacher_scale, panel.teacher_start, zeros_,
                             bias_, teacher_logits_, panel.rows);
     for (int64_t lane = 0; lane < vectors * kLanes<T>; lane += kLanes<T>)
-      sweep<Div, kTeacherLse>(logits_ + lane, teacher_logits_ + lane, keys, panel.sums, lane,
-                              p_.value_dim,
-                              dropout_.apply(probabilities_.lanes(logits_, lane), lane));
+      if (!sweep_lanes(panel, keys, lane, false)) {
+        student_logits(panel, keys, lane, 1);  // which have become probabilities
+        sweep_lanes(panel, keys, lane, true);
+      }
     columns_times_panel(p_.value_dim, vectors, panel.rows, Precision::depth(keys),
                         value_.columns(0), probabilities_.right(logits_), panel.sums.output);
+  }
+
+  void student_logits(const QueryPanel<Precision>& panel, int64_t keys, int64_t lane,
+                      int64_t vectors) {
+    logit_tile<Precision>(keys, 1, vectors, p_.head_dim, key_.rows(0), panel.query + lane, p_.scale,
+                          zeros_, zeros_, bias_, logits_ + lane, panel.rows, lane);
+  }
+
+  bool sweep_lanes(const QueryPanel<Precision>& panel, int64_t keys, int64_t lane, bool search) {
+    return sweep<Div, kTeacherLse, Precision::kHighestIsOne>(
+        logits_ + lane, teacher_logits_ + lane, keys, search, panel.sums, lane, p_.value_dim,
+        dropout_.apply(probabilities_.lanes(logits_, lane), lane));
   }
 
   void finish(const QueryPanel<Precision>& panel, int64_t b, int64_t h) {
@@ -201,12 +214,13 @@ class ForwardWorker {
       const double sum = RunningSums<T>::total(sums.sum, sums.sum_rest, row);
       const T inverse_sum = sees_no_key ? T(0) : static_cast<T>(1 / sum);
       factor[row] = inverse_sum * static_cast<T>(p_.dropout.keep_factor);
-      static_cast<T*>(p_.origin)[at + row] = sums.max[row] == kMasked<T> ? T(0) : sums.max[row];
+      static_cast<T*>(p_.origin)[at + row] =
+          sums.origin[row] == kMasked<T> ? T(0) : sums.origin[row];
       static_cast<T*>(p_.inverse_sum)[at + row] = inverse_sum;
       static_cast<T*>(p_.correction)[at + row] = 0;
       // In double: the divergence is a small difference of these logarithms.
       const double log_sum = __builtin_log2(sum);
-      const double lse = sees_no_key ? -__builtin_inf() : sums.max[row] + log_sum;
+      const double lse = sees_no_key ? -__builtin_inf() : sums.origin[row] + log_sum;
       static_cast<T*>(p_.lse)[at + row] = static_cast<T>(kLn2 * lse);
       if constexpr (Div::kTeacher) finish_divergence(panel, row, at, sees_no_key, sum, log_sum);
     }
@@ -229,7 +243,7 @@ class ForwardWorker {
           kLog2e * static_cast<const T*>(p_.given_teacher_lse)[at + row] - p_.group_shift();
       teacher_log_sum = stored_lse - origin;
     } else {
-      origin = sums.teacher_max[row];
+      origin = sums.teacher_origin[row];
       teacher_log_sum = __builtin_log2(teacher_sum);
       const double lse = kLn2 * (origin + teacher_log_sum + p_.group_shift());
       const T rounded = sees_no_key ? static_cast<T>(-__builtin_inf()) : static_cast<T>(lse);

@@ -115,10 +115,12 @@ class Gradients {
 
   // dP = V dO of a tile; with no gradient of the output the depth is 0, and it becomes zeros.
   void multiply_values(int64_t i, Left<Element> value, int64_t keys, int64_t rows, T* tile) {
-    constexpr Sum kSum = Precision::kFoldFactors ? Sum::alone : Sum::scaled_plus_row;
-    rows_times_panel<kSum>(keys, ceil_div(rows, kLanes<T>), rows, Precision::depth(value_dim_),
-                           value, grad_output(i), tile,
-                           Epilogue<T>{zeros_, T(p_.dropout.keep_factor)});
+    const T factor = Precision::kFoldFactors ? T(1) : T(p_.dropout.keep_factor);
+    const int64_t vectors = ceil_div(rows, kLanes<T>), depth = Precision::depth(value_dim_);
+    if (factor == 1)
+      return rows_times_panel<Sum::alone>(keys, vectors, rows, depth, value, grad_output(i), tile);
+    rows_times_panel<Sum::scaled_plus_row>(keys, vectors, rows, depth, value, grad_output(i), tile,
+                                           Epilogue<T>{zeros_, factor});
   }
 
   // Adds what the keys from `key` on, counted from the first of the chunk, contribute: a tile of

@@ -46,6 +46,9 @@ struct FullPrecision {
   // inverse sum of a row into whatever its probabilities are multiplied by. (Numbers that must be
   // rounded to be operands are better left alone.)
   static constexpr bool kFoldFactors = true;
+  // Whether the probability of a row's highest logit must be 1 exactly, before it is divided by the
+  // row's sum: where all others vanish, so must what rounding to an operand takes from it.
+  static constexpr bool kHighestIsOne = false;
   static constexpr Sum kLogits = Sum::plus_row;
 
   // Elements that hold `numbers` along the depth of a product.
@@ -89,6 +92,7 @@ struct PairPrecision {
   template <Side kSide>
   using Tile = RoundedTile<kSide>;
   static constexpr bool kFoldFactors = false;
+  static constexpr bool kHighestIsOne = true;
   static constexpr Sum kLogits = Sum::scaled_plus_row;
 
   static constexpr int64_t depth(int64_t numbers) { return ceil_div(numbers, 2); }

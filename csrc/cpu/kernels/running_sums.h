@@ -3,7 +3,7 @@
 #pragma once
 
 #include "divergence.h"
-#include "exp2.h"
+#include "log2.h"
 #include "tile.h"
 
 namespace attn_kd::ATTN_KD_ISA {
@@ -12,15 +12,25 @@ namespace attn_kd::ATTN_KD_ISA {
 // of one sum after the other.
 inline constexpr int64_t kSummedKeys = 12;
 
+// A row's logits are measured from an origin, so that exponentials neither overflow nor vanish:
+// from the highest of the first keys it sees, and from its log-sum-exp so far once its sum exceeds
+// kRoom. Tiles need not be searched for their highest logit, unless that exceeds the origin by
+// kRoomBits, which their sums tell: then they are swept once more. So a row's origin depends on the
+// row alone.
+inline constexpr int kRoomBits = 8;
+template <class T>
+inline constexpr T kRoom = T(1 << kRoomBits);
+
 // The running sums of a panel, base 2, one lane a query row. Those that end in `rest` are what
 // rounding has taken from the sums before them.
 template <class T>
 struct RunningSums {
-  T* max = nullptr;                                 // largest logit seen
-  T *sum = nullptr, *sum_rest = nullptr;            // of p = 2^(s - max)
+  int64_t rows = 0;                                 // lanes from here on hold none
+  T* origin = nullptr;                              // kMasked where the row has seen no key
+  T *sum = nullptr, *sum_rest = nullptr;            // of p = 2^(s - origin)
   T *weighted = nullptr, *weighted_rest = nullptr;  // of the divergence's terms
-  // As for the student; the maximum is 0 where the logits are measured from a given LSE.
-  T* teacher_max = nullptr;
+  // As for the student; the origin is 0 where the logits are measured from a given LSE.
+  T* teacher_origin = nullptr;
   T *teacher_sum = nullptr, *teacher_sum_rest = nullptr;
   T* seen = nullptr;    // 1 where the row has seen a key, which only a mask can hide
   T* output = nullptr;  // [Dv, kPanel], sum of p times the value
@@ -35,14 +45,15 @@ struct RunningSums {
   }
 
   RunningSums() = default;
-  explicit RunningSums(T* memory)
-      : max(memory),
-        sum(max + kPanel<T>),
+  RunningSums(T* memory, int64_t rows)
+      : rows(rows),
+        origin(memory),
+        sum(origin + kPanel<T>),
         sum_rest(sum + kPanel<T>),
         weighted(sum_rest + kPanel<T>),
         weighted_rest(weighted + kPanel<T>),
-        teacher_max(weighted_rest + kPanel<T>),
-        teacher_sum(teacher_max + kPanel<T>),
+        teacher_origin(weighted_rest + kPanel<T>),
+        teacher_sum(teacher_origin + kPanel<T>),
         teacher_sum_rest(teacher_sum + kPanel<T>),
         seen(teacher_sum_rest + kPanel<T>),
         output(seen + kPanel<T>) {
@@ -52,8 +63,8 @@ struct RunningSums {
   void reset(bool teacher_lse_given, int64_t vectors, int64_t value_dim) {
     const vec<T> masked = broadcast(kMasked<T>);
     for (int64_t lane = 0; lane < vectors * kLanes<T>; lane += kLanes<T>) {
-      store<T>(max + lane, masked);
-      store<T>(teacher_max + lane, teacher_lse_given ? vec<T>{} : masked);
+      store<T>(origin + lane, masked);
+      store<T>(teacher_origin + lane, teacher_lse_given ? vec<T>{} : masked);
       for (T* of : {sum, sum_rest, weighted, weighted_rest, teacher_sum, teacher_sum_rest, seen})
         store<T>(of + lane, vec<T>{});
       for (int64_t row = 0; row < value_dim; ++row)
@@ -62,33 +73,43 @@ struct RunningSums {
   }
 };
 
-// Raises the running maximum of one vector of lanes to cover the tile's column; returns by how much
-// earlier sums shrink.
+// The highest logit of one vector of lanes in the tile's column, `lowest` at least.
 template <class T>
-inline vec<T> raise_max(const T* tile, int64_t keys, T* running_max) {
+inline vec<T> highest_logit(const T* tile, int64_t keys, vec<T> lowest) {
   constexpr int kChains = 4;  // a single chain of maxima would be limited by its latency
-  const vec<T> before = load(running_max);
-  vec<T> chain[kChains] = {before, before, before, before};
+  vec<T> chain[kChains] = {lowest, lowest, lowest, lowest};
   int64_t key = 0;
   for (; key + kChains <= keys; key += kChains, tile += kChains * kPanel<T>)
 #pragma GCC unroll 4
     for (int i = 0; i < kChains; ++i)
       chain[i] = max_or_second<T>(load(tile + i * kPanel<T>), chain[i]);
   for (; key < keys; ++key, tile += kPanel<T>) chain[0] = max_or_second<T>(load(tile), chain[0]);
-  const vec<T> highest =
-      max_or_second<T>(max_or_second<T>(chain[0], chain[1]), max_or_second<T>(chain[2], chain[3]));
-  store<T>(running_max, highest);
-  return exp2<T>(before - highest);
+  return max_or_second<T>(max_or_second<T>(chain[0], chain[1]),
+                          max_or_second<T>(chain[2], chain[3]));
 }
 
-// What to subtract from logits whose maximum is `max`: where nothing was visible yet, 0, which
-// leaves masked logits low enough to vanish.
+// What the tile's logits are measured from, of one vector of lanes, `rows` of which hold a row
+// whose sum before the tile was `sum`, of logits measured from `before`.
+template <bool kHighestIsOne, class T>
+inline vec<T> raised_origin(const T* tile, int64_t keys, bool search, int64_t rows, vec<T> before,
+                            vec<T> sum) {
+  if constexpr (kHighestIsOne) return highest_logit<T>(tile, keys, before);
+  vec<T> raised = before;
+  if (any_above<T>(sum, kRoom<T>, rows)) raised = sum > kRoom<T> ? before + log2<T>(sum) : before;
+  const bool some_see_none = any_above<T>(-before, -kMasked<T> / 2, rows);
+  if (!search && !some_see_none) return raised;
+  const vec<T> highest = highest_logit<T>(tile, keys, before);
+  return before == kMasked<T> || highest > raised + T(kRoomBits) ? highest : raised;
+}
+
+// What to subtract from logits: where nothing was visible yet, 0, which leaves masked logits low
+// enough to vanish.
 template <class T>
-inline vec<T> origin_of(vec<T> max) {
-  return max == kMasked<T> ? vec<T>{} : max;
+inline vec<T> subtracted(vec<T> origin) {
+  return origin == kMasked<T> ? vec<T>{} : origin;
 }
 
-// Adds a tile's sum to what came before it, which shrinks as the maximum rises. Tiles are summed
+// Adds a tile's sum to what came before it, which shrinks as the origin rises. Tiles are summed
 // from zero, and what rounding takes from their sum is kept (Knuth's two-sum), so that errors do
 // not grow with the number of keys: a divergence may be a small difference of these sums.
 template <class T>
@@ -99,39 +120,40 @@ inline void add_tile(T* running, T* rest, vec<T> shrink, vec<T> tile_sum) {
   store<T>(rest, load(rest) * shrink + ((before - (total - added)) + (tile_sum - added)));
 }
 
-// Turns the tile's logits into p = 2^(s - max), which go to `probabilities`, and adds them to the
-// running sums of one vector of lanes. `logits` and `teacher` point at the lanes' column of the
-// tiles.
-template <class Div, bool kTeacherLse, class Lanes, class T>
-inline void sweep(const T* logits, const T* teacher, int64_t keys, const RunningSums<T>& sums,
-                  int64_t lane, int64_t value_dim, Lanes probabilities) {
-  constexpr bool kTeacherMax = Div::kTeacher && !kTeacherLse;
-  constexpr bool kTeacherSum = Div::kTeacherProbability || kTeacherMax;
-  const vec<T> before = load(sums.max + lane), teacher_before = load(sums.teacher_max + lane);
-  const vec<T> shrink = raise_max(logits, keys, sums.max + lane);
-  const vec<T> highest = load(sums.max + lane), max = origin_of<T>(highest);
-  vec<T> teacher_max{}, teacher_shrink = broadcast(T(1));
-  if constexpr (kTeacherMax) {
-    teacher_shrink = raise_max(teacher, keys, sums.teacher_max + lane);
-    teacher_max = origin_of<T>(load(sums.teacher_max + lane));
+// Turns the tile's logits into p = 2^(s - origin), which go to `probabilities`, and adds them to
+// the running sums of one vector of lanes. `logits` and `teacher` point at the lanes' column of the
+// tiles. Returns false, with nothing added, where some logits lie so far above their origin that
+// the tile must be searched for the highest.
+template <class Div, bool kTeacherLse, bool kHighestIsOne, class Lanes, class T>
+inline bool sweep(const T* logits, const T* teacher, int64_t keys, bool search,
+                  const RunningSums<T>& sums, int64_t lane, int64_t value_dim,
+                  Lanes probabilities) {
+  constexpr bool kTeacherOrigin = Div::kTeacher && !kTeacherLse;
+  constexpr bool kTeacherSum = Div::kTeacherProbability || kTeacherOrigin;
+  const int64_t rows = sums.rows - lane;
+  const vec<T> before = load(sums.origin + lane);
+  const vec<T> raised =
+      raised_origin<kHighestIsOne>(logits, keys, search, rows, before, load(sums.sum + lane));
+  const vec<T> origin = subtracted<T>(raised);
+  const vec<T> teacher_before = load(sums.teacher_origin + lane);
+  vec<T> teacher_raised = teacher_before, teacher_origin{};
+  if constexpr (kTeacherOrigin) {
+    teacher_raised = raised_origin<false>(teacher, keys, search, rows, teacher_before,
+                                          load(sums.teacher_sum + lane));
+    teacher_origin = subtracted<T>(teacher_raised);
   }
-  if (!all_equal<T>(before, highest))
-    for (int64_t row = 0; row < value_dim; ++row) {
-      T* output = sums.output + row * kPanel<T> + lane;
-      store<T>(output, load(output) * shrink);
-    }
 
   vec<T> sum{}, weighted{}, teacher_sum{};  // of this tile
   for (int64_t first = 0; first < keys; first += kSummedKeys) {
     const int64_t end = first + kSummedKeys < keys ? first + kSummedKeys : keys;
     vec<T> part{}, weighted_part{}, teacher_part{};
     const auto next = [&](int64_t key) __attribute__((always_inline)) {
-      const vec<T> s = load(logits + key * kPanel<T>) - max;
+      const vec<T> s = load(logits + key * kPanel<T>) - origin;
       const vec<T> p = exp2<T>(s);
       part += p;
       if constexpr (Div::kTeacher) {
         vec<T> t = load(teacher + key * kPanel<T>), pt{};
-        if constexpr (kTeacherMax) t -= teacher_max;
+        if constexpr (kTeacherOrigin) t -= teacher_origin;
         if constexpr (kTeacherSum) {
           pt = exp2<T>(t);
           teacher_part += pt;
@@ -150,9 +172,22 @@ inline void sweep(const T* logits, const T* teacher, int64_t keys, const Running
     weighted += weighted_part;
     teacher_sum += teacher_part;
   }
+  if (!search && ((!kHighestIsOne && any_above<T>(sum, kRoom<T>, rows)) ||
+                  (kTeacherOrigin && any_above<T>(teacher_sum, kRoom<T>, rows))))
+    return false;
+
+  const vec<T> shrink = exp2<T>(before - raised);
+  if (!all_equal<T>(before, raised))
+    for (int64_t row = 0; row < value_dim; ++row) {
+      T* output = sums.output + row * kPanel<T> + lane;
+      store<T>(output, load(output) * shrink);
+    }
+  store<T>(sums.origin + lane, raised);
+  const vec<T> teacher_shrink = exp2<T>(teacher_before - teacher_raised);
+  store<T>(sums.teacher_origin + lane, teacher_raised);
   if constexpr (Div::kTeacher) {
     // Earlier terms were measured from earlier origins.
-    const vec<T> shift = (before - highest) - (teacher_before - load(sums.teacher_max + lane));
+    const vec<T> shift = (before - raised) - (teacher_before - teacher_raised);
     store<T>(sums.weighted + lane, Div::shifted(load(sums.weighted + lane), load(sums.sum + lane),
                                                 load(sums.teacher_sum + lane), shift));
     add_tile(sums.weighted + lane, sums.weighted_rest + lane,
@@ -161,22 +196,23 @@ inline void sweep(const T* logits, const T* teacher, int64_t keys, const Running
   add_tile(sums.sum + lane, sums.sum_rest + lane, shrink, sum);
   if constexpr (kTeacherSum)
     add_tile(sums.teacher_sum + lane, sums.teacher_sum_rest + lane, teacher_shrink, teacher_sum);
+  return true;
 }
 
 // Adds to one vector of lanes of `sums` what the same rows have gathered from other keys.
 template <class Div, class T>
 inline void merge(const RunningSums<T>& sums, const RunningSums<T>& other, int64_t lane,
                   int64_t value_dim) {
-  const vec<T> max = max_or_second<T>(load(other.max + lane), load(sums.max + lane));
-  const vec<T> teacher_max =
-      max_or_second<T>(load(other.teacher_max + lane), load(sums.teacher_max + lane));
+  const vec<T> origin = max_or_second<T>(load(other.origin + lane), load(sums.origin + lane));
+  const vec<T> teacher_origin =
+      max_or_second<T>(load(other.teacher_origin + lane), load(sums.teacher_origin + lane));
   struct Rebased {
     vec<T> shrink, teacher_shrink, weighted;
     vec<T> weight() const { return Div::kTeacherProbability ? teacher_shrink : shrink; }
   };
   const auto rebase = [&](const RunningSums<T>& part) {
-    const vec<T> change = load(part.max + lane) - max;
-    const vec<T> teacher_change = load(part.teacher_max + lane) - teacher_max;
+    const vec<T> change = load(part.origin + lane) - origin;
+    const vec<T> teacher_change = load(part.teacher_origin + lane) - teacher_origin;
     Rebased rebased{exp2<T>(change), exp2<T>(teacher_change), {}};
     if constexpr (Div::kTeacher)
       rebased.weighted = Div::shifted(load(part.weighted + lane), load(part.sum + lane),
@@ -203,8 +239,8 @@ inline void merge(const RunningSums<T>& sums, const RunningSums<T>& other, int64
   };
   for (int64_t row = 0; row < value_dim * kPanel<T>; row += kPanel<T>)
     add(sums.output + row, other.output + row, mine.shrink, others.shrink);
-  store<T>(sums.max + lane, max);
-  store<T>(sums.teacher_max + lane, teacher_max);
+  store<T>(sums.origin + lane, origin);
+  store<T>(sums.teacher_origin + lane, teacher_origin);
   store<T>(sums.seen + lane, max_or_second<T>(load(other.seen + lane), load(sums.seen + lane)));
 }
 

@@ -98,4 +98,20 @@ inline bool all_equal(vec<T> a, vec<T> b) {
 #endif
 }
 
+// Whether x exceeds the limit, which NaN does not, in any of the first `lanes` lanes.
+template <class T>
+inline bool any_above(vec<T> x, T limit, int64_t lanes) {
+#if defined(__AVX512F__)
+  const uint32_t in_use = lanes < kLanes<T> ? (1u << lanes) - 1 : 0xffffu;
+  if constexpr (std::is_same_v<T, float>)
+    return _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(limit), _CMP_GT_OQ) & in_use;
+  else
+    return _mm512_cmp_pd_mask((__m512d)x, _mm512_set1_pd(limit), _CMP_GT_OQ) & in_use;
+#else
+  bool above = false;
+  for (int lane = 0; lane < kLanes<T>; ++lane) above |= lane < lanes && x[lane] > limit;
+  return above;
+#endif
+}
+
 }  // namespace attn_kd::ATTN_KD_ISA
