@@ -18,6 +18,7 @@ void set_instruction_set(const std::string& name);  // throws std::invalid_argum
 
 // The active kernels' 2^x and log2 x, element by element.
 at::Tensor exp2(const at::Tensor& x);
+at::Tensor short_exp2(const at::Tensor& x);
 at::Tensor log2(const at::Tensor& x);
 // The active kernels' Philox4x32-10: four words [n, 4] for counters [n, 4] and a key of two words,
 // 32-bit numbers in int64 tensors.

@@ -44,7 +44,7 @@ inline constexpr int64_t kPanelBytes = 256;
 // and values, once read from the outer caches, serves them all.
 inline constexpr int64_t kMaxPanelsPerTask = 4;
 // Numbers a query row that a forward task gathers beside the row of the output.
-inline constexpr int64_t kRunningSums = 9;
+inline constexpr int64_t kRunningSums = 10;
 // What a backward task may take of one core's L2 for keys, teacher keys and values and for the
 // gradients that it accumulates: 1126 keys of 32 floats. The more keys at a time, the fewer times
 // panels of query rows are made ready.
@@ -150,6 +150,7 @@ struct Kernels {
   // The kernels' vector functions, exposed so that they can be tested.
   Map<float> exp2_f32;
   Map<double> exp2_f64;
+  Map<float> short_exp2_f32;
   Map<float> log2_f32;
   Map<double> log2_f64;
   // words[n, 4] of Philox4x32-10 for counters[n, 4]

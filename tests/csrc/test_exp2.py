@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,13 +20,25 @@ def ulp_error(y: Tensor, exact: Tensor) -> float:
     return ((y.double() - exact).abs() / unit).max().item()
 
 
-def test_float32_within_two_ulp(module):
-    # the normal range in steps of 2**-14, then all floats of one octave and those around 0
-    everywhere = torch.arange(-126 * 2**14, 1, dtype=torch.float64).div(2**14).float()
+def float_arguments() -> Iterator[Tensor]:
+    """The normal range in steps of 2**-14, all floats of one octave and those around 0."""
+    yield torch.arange(-126 * 2**14, 1, dtype=torch.float64).div(2**14).float()
     octave = torch.arange(2**23, 2**24, 7, dtype=torch.int32).sub(2**23).add(0x3F000000)
-    tiny = -torch.logspace(-45, -1, 100_000, dtype=torch.float64).float()
-    for x in (everywhere, -octave.view(torch.float32), tiny):
+    yield -octave.view(torch.float32)
+    yield -torch.logspace(-45, -1, 100_000, dtype=torch.float64).float()
+
+
+def test_float32_within_two_ulp(module):
+    for x in float_arguments():
         assert ulp_error(module.exp2(x), torch.exp2(x.double())) <= 2
+
+
+def test_short_float32_within_three_ulp(module):
+    """And within 2e-7 of the number, which is less than three units where they are largest."""
+    for x in float_arguments():
+        exact, y = torch.exp2(x.double()), module.short_exp2(x)
+        assert ulp_error(y, exact) <= 3
+        assert ((y - exact).abs() / exact).max() <= 2e-7
 
 
 def test_float64_within_two_ulp(module):

@@ -22,19 +22,23 @@ inline constexpr int64_t kBackwardKeys = 48;
 // P = 2^logits and dS = P (dP + offset + divergence part) of one vector of lanes, each to its
 // place: logits are measured from the rows' origins, teacher logits from the rows' LSEs. Everything
 // that P is multiplied by has the rows' inverse sums folded in.
-template <class Div, class T, class Lanes, class GradLanes>
-inline void grad_sweep(const T* logits, const T* teacher, const T* grad_probability, int64_t keys,
-                       vec<T> offset, vec<T> slope, Lanes probability, GradLanes grad_logits) {
+template <class Div, class Precision, class T, class Lanes, class GradLanes>
+inline void grad_sweep(LogitSource<T> student, LogitSource<T> teacher, const T* grad_probability,
+                       int64_t keys, vec<T> offset, vec<T> slope, Lanes probability,
+                       GradLanes grad_logits) {
+  const vec<T> start = load(student.start);
+  vec<T> teacher_start{};
+  if constexpr (Div::kTeacher) teacher_start = load(teacher.start);
   const auto next = [&](int64_t key) __attribute__((always_inline)) {
     const int64_t at = key * kPanel<T>;
-    const vec<T> s = load(logits + at);
-    const vec<T> p = exp2<T>(s);
+    const vec<T> s = Precision::logit(load(student.numbers + at), student.factor, start);
+    const vec<T> p = Precision::power(s);
     const vec<T> dp = load(grad_probability + at) + offset;
     vec<T> ds = p * dp;
     if constexpr (Div::kTeacher) {
-      const vec<T> t = load(teacher + at);
+      const vec<T> t = Precision::logit(load(teacher.numbers + at), teacher.factor, teacher_start);
       vec<T> b{};
-      if constexpr (Div::kTeacherProbability) b = exp2<T>(t);
+      if constexpr (Div::kTeacherProbability) b = Precision::power(t);
       ds = Div::grad_logit(p, b, s - t, dp, slope);
     }
     return KeyOfMaps<T>{p, ds};
@@ -105,19 +109,21 @@ class BackwardWorker {
     key_.clear_hidden(bias_, key, keys);
     teacher_key_.clear_hidden(bias_, key, keys, group);
     value_.clear_hidden(bias_, key, keys);
-    logit_tile<Precision>(keys, 1, vectors, p_.head_dim, key_.rows(key), query_, p_.scale,
-                          minus_origin_, zeros_, bias_, logits_, at.rows);
+    const LogitSource<T> student =
+        logit_products<Precision>(keys, 1, vectors, p_.head_dim, key_.rows(key), query_, p_.scale,
+                                  minus_origin_, zeros_, bias_, logits_, at.rows);
+    LogitSource<T> teacher{teacher_logits_};
     if constexpr (Div::kTeacher)
-      logit_tile<Precision>(keys, group, vectors, p_.teacher_dim, teacher_key_.rows(group * key),
-                            teacher_query_, p_.teacher_scale, minus_teacher_origin_, zeros_, bias_,
-                            teacher_logits_, at.rows);
+      teacher = logit_products<Precision>(
+          keys, group, vectors, p_.teacher_dim, teacher_key_.rows(group * key), teacher_query_,
+          p_.teacher_scale, minus_teacher_origin_, zeros_, bias_, teacher_logits_, at.rows);
     gradients_.multiply_values(0, value_.rows(key), keys, at.rows, grad_probability_);
     dropout_.apply(grad_probability_, keys, vectors);
     for (int64_t lane = 0; lane < vectors * kLanes<T>; lane += kLanes<T>)
-      grad_sweep<Div>(logits_ + lane, teacher_logits_ + lane, grad_probability_ + lane, keys,
-                      load(gradients_.offset(0) + lane), load(slope_ + lane),
-                      dropout_.apply(probability_.lanes(logits_, lane), lane),
-                      grad_logits_.lanes(grad_probability_, lane));
+      grad_sweep<Div, Precision>(student.at(lane), teacher.at(lane), grad_probability_ + lane, keys,
+                                 load(gradients_.offset(0) + lane), load(slope_ + lane),
+                                 dropout_.apply(probability_.lanes(logits_, lane), lane),
+                                 grad_logits_.lanes(grad_probability_, lane));
     gradients_.add(0, key, keys, at.rows, key_.columns(key), probability_.left(logits_),
                    grad_logits_.left(grad_probability_), grad_logits_.right(grad_probability_));
   }

@@ -51,6 +51,8 @@ class Bias {
       }
   }
 
+  bool any() const { return static_cast<bool>(mask_); }
+
   // Whether the rows of some keys must be cleared.
   static bool hides_keys(const Input& mask) { return mask && mask.row_stride == 0; }
 

@@ -179,30 +179,30 @@ class ForwardWorker {
     key_.clear_hidden(bias_, 0, keys);
     teacher_key_.clear_hidden(bias_, 0, keys, p_.teacher_keys(1));
     value_.clear_hidden(bias_, 0, keys);
-    student_logits(panel, keys, 0, vectors);
+    const LogitSource<T> student = student_logits(panel, keys, 0, vectors);
+    LogitSource<T> teacher{teacher_logits_};
     if constexpr (Div::kTeacher)
-      logit_tile<Precision>(keys, p_.teacher_keys(1), vectors, p_.teacher_dim, teacher_key_.rows(0),
-                            panel.teacher_query, p_.teacher_scale, panel.teacher_start, zeros_,
-                            bias_, teacher_logits_, panel.rows);
-    for (int64_t lane = 0; lane < vectors * kLanes<T>; lane += kLanes<T>)
-      if (!sweep_lanes(panel, keys, lane, false)) {
-        student_logits(panel, keys, lane, 1);  // which have become probabilities
-        sweep_lanes(panel, keys, lane, true);
-      }
+      teacher = logit_products<Precision>(keys, p_.teacher_keys(1), vectors, p_.teacher_dim,
+                                          teacher_key_.rows(0), panel.teacher_query,
+                                          p_.teacher_scale, panel.teacher_start, zeros_, bias_,
+                                          teacher_logits_, panel.rows);
+    for (int64_t lane = 0; lane < vectors * kLanes<T>; lane += kLanes<T>) {
+      const auto kept = dropout_.apply(probabilities_.lanes(logits_, lane), lane);
+      for (bool search = false;
+           !sweep<Div, kTeacherLse, Precision>(student.at(lane), teacher.at(lane), keys, search,
+                                               panel.sums, lane, p_.value_dim, kept);
+           search = true)
+        student_logits(panel, keys, lane, 1);  // which may have become probabilities
+    }
     columns_times_panel(p_.value_dim, vectors, panel.rows, Precision::depth(keys),
                         value_.columns(0), probabilities_.right(logits_), panel.sums.output);
   }
 
-  void student_logits(const QueryPanel<Precision>& panel, int64_t keys, int64_t lane,
-                      int64_t vectors) {
-    logit_tile<Precision>(keys, 1, vectors, p_.head_dim, key_.rows(0), panel.query + lane, p_.scale,
-                          zeros_, zeros_, bias_, logits_ + lane, panel.rows, lane);
-  }
-
-  bool sweep_lanes(const QueryPanel<Precision>& panel, int64_t keys, int64_t lane, bool search) {
-    return sweep<Div, kTeacherLse, Precision::kHighestIsOne>(
-        logits_ + lane, teacher_logits_ + lane, keys, search, panel.sums, lane, p_.value_dim,
-        dropout_.apply(probabilities_.lanes(logits_, lane), lane));
+  LogitSource<T> student_logits(const QueryPanel<Precision>& panel, int64_t keys, int64_t lane,
+                                int64_t vectors) {
+    return logit_products<Precision>(keys, 1, vectors, p_.head_dim, key_.rows(0),
+                                     panel.query + lane, p_.scale, zeros_, zeros_, bias_,
+                                     logits_ + lane, panel.rows, lane);
   }
 
   void finish(const QueryPanel<Precision>& panel, int64_t b, int64_t h) {
@@ -213,7 +213,8 @@ class ForwardWorker {
       const bool sees_no_key = sums.seen[row] == 0;
       const double sum = RunningSums<T>::total(sums.sum, sums.sum_rest, row);
       const T inverse_sum = sees_no_key ? T(0) : static_cast<T>(1 / sum);
-      factor[row] = inverse_sum * static_cast<T>(p_.dropout.keep_factor);
+      const T operand_sum = Precision::kRoundsTiles ? sums.rounded_sum[row] : static_cast<T>(sum);
+      factor[row] = sees_no_key ? T(0) : static_cast<T>(p_.dropout.keep_factor) / operand_sum;
       static_cast<T*>(p_.origin)[at + row] =
           sums.origin[row] == kMasked<T> ? T(0) : sums.origin[row];
       static_cast<T*>(p_.inverse_sum)[at + row] = inverse_sum;

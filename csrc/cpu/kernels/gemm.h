@@ -24,9 +24,11 @@ inline constexpr int kMaxVectors = 2;
 constexpr int rows_per_call(int vectors) { return vectors == 2 ? 6 : 8; }
 #endif
 
-// What becomes of a product: it is stored alone, added to C, or added to one row of numbers, the
-// same for every row of C; the last two multiply it by a factor first.
-enum class Sum { alone, onto, plus_row, scaled_onto, scaled_plus_row };
+// What becomes of a product: it is added to C, or to one row of numbers, the same for every row of
+// C; the last two multiply it by a factor first. An addition costs less than nothing: it has units
+// of its own, and the store after it hinders the next call less (on Zen 4, 5 % of a bfloat16
+// product of depth 32 less). The factor takes the units of the product itself, 6 % of that product.
+enum class Sum { onto, plus_row, scaled_onto, scaled_plus_row };
 
 constexpr bool is_scaled(Sum sum) { return sum == Sum::scaled_onto || sum == Sum::scaled_plus_row; }
 constexpr bool adds_onto(Sum sum) { return sum == Sum::onto || sum == Sum::scaled_onto; }

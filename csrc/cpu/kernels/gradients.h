@@ -117,10 +117,12 @@ class Gradients {
   void multiply_values(int64_t i, Left<Element> value, int64_t keys, int64_t rows, T* tile) {
     const T factor = Precision::kFoldFactors ? T(1) : T(p_.dropout.keep_factor);
     const int64_t vectors = ceil_div(rows, kLanes<T>), depth = Precision::depth(value_dim_);
+    const Epilogue<T> epilogue{zeros_, factor};
     if (factor == 1)
-      return rows_times_panel<Sum::alone>(keys, vectors, rows, depth, value, grad_output(i), tile);
+      return rows_times_panel<Sum::plus_row>(keys, vectors, rows, depth, value, grad_output(i),
+                                             tile, epilogue);
     rows_times_panel<Sum::scaled_plus_row>(keys, vectors, rows, depth, value, grad_output(i), tile,
-                                           Epilogue<T>{zeros_, factor});
+                                           epilogue);
   }
 
   // Adds what the keys from `key` on, counted from the first of the chunk, contribute: a tile of

@@ -47,6 +47,7 @@ const cpu::Kernels& kernels() {
       .two_pass_backward_f64 = two_pass_backward<double>,
       .exp2_f32 = map_array<float, exp2<float>>,
       .exp2_f64 = map_array<double, exp2<double>>,
+      .short_exp2_f32 = map_array<float, exp2<float, Exp2Constants<float>::short_q>>,
       .log2_f32 = map_array<float, log2<float>>,
       .log2_f64 = map_array<double, log2<double>>,
       .philox = philox_array,

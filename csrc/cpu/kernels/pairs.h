@@ -102,6 +102,13 @@ struct RoundedLanes {
     if constexpr (kSide != Side::left) put_right(key, two_keys);
   }
 
+  // sum + x + next, both rounded as `put` does.
+  static vec<float> add(vec<float> sum, vec<float> x, vec<float> next) {
+    const __m512i ones = _mm512_set1_epi16(0x3f80);
+    return (vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)in_pairs(round(x, next)),
+                                        (__m512bh)ones);
+  }
+
  private:
   static __m512i round(vec<float> key, vec<float> next) {
     return (__m512i)_mm512_cvtne2ps_pbh((__m512)next, (__m512)key);
@@ -109,7 +116,8 @@ struct RoundedLanes {
   void put_left(int64_t key, __m256i lanes) const {
     _mm256_store_si256(reinterpret_cast<__m256i*>(left + key * kPanel<float> / 2), lanes);
   }
-  void put_right(int64_t key, __m512i two_keys) const {
+  // The numbers of two keys, one after the other, as pairs of one lane.
+  static __m512i in_pairs(__m512i two_keys) {
     constexpr int W = kLanes<float>;
     alignas(64) static constexpr auto alternating = [] {
       struct {
@@ -118,8 +126,10 @@ struct RoundedLanes {
       for (int i = 0; i < W; ++i) index.of[2 * i] = i, index.of[2 * i + 1] = W + i;
       return index;
     }();
-    const __m512i pairs = _mm512_permutexvar_epi16(_mm512_load_si512(&alternating), two_keys);
-    _mm512_store_si512(right + key / 2 * kPanel<float>, pairs);
+    return _mm512_permutexvar_epi16(_mm512_load_si512(&alternating), two_keys);
+  }
+  void put_right(int64_t key, __m512i two_keys) const {
+    _mm512_store_si512(right + key / 2 * kPanel<float>, in_pairs(two_keys));
   }
 };
 

@@ -3,6 +3,7 @@
 // turns a tile into one.
 #pragma once
 
+#include "exp2.h"
 #include "log2.h"
 #include "operand.h"
 
@@ -46,9 +47,9 @@ struct FullPrecision {
   // inverse sum of a row into whatever its probabilities are multiplied by. (Numbers that must be
   // rounded to be operands are better left alone.)
   static constexpr bool kFoldFactors = true;
-  // Whether the probability of a row's highest logit must be 1 exactly, before it is divided by the
-  // row's sum: where all others vanish, so must what rounding to an operand takes from it.
-  static constexpr bool kHighestIsOne = false;
+  // Whether tiles are rounded to become operands. Then the output is divided by the sum of the
+  // rounded probabilities: their errors cancel where one of them is all that matters.
+  static constexpr bool kRoundsTiles = false;
   static constexpr Sum kLogits = Sum::plus_row;
 
   // Elements that hold `numbers` along the depth of a product.
@@ -69,6 +70,10 @@ struct FullPrecision {
                        panel);
   }
   static T logit_factor(double) { return 1; }
+  // The logit of a number of a tile of `logit_products`, and the same measured from an origin.
+  static vec<T> logit(vec<T> x, T, vec<T>) { return x; }
+  static vec<T> logit_from(vec<T> origin, vec<T> x, T) { return x - origin; }
+  static vec<T> power(vec<T> logit) { return exp2<T>(logit); }
   // What of a row's inverse sum, 0 where it sees no key, is multiplied and what added to exponents.
   static InverseSum<T> split(vec<T> inverse_sum) { return {inverse_sum, vec<T>{}}; }
 };
@@ -92,7 +97,7 @@ struct PairPrecision {
   template <Side kSide>
   using Tile = RoundedTile<kSide>;
   static constexpr bool kFoldFactors = false;
-  static constexpr bool kHighestIsOne = true;
+  static constexpr bool kRoundsTiles = true;
   static constexpr Sum kLogits = Sum::scaled_plus_row;
 
   static constexpr int64_t depth(int64_t numbers) { return ceil_div(numbers, 2); }
@@ -121,6 +126,19 @@ struct PairPrecision {
     return {sees ? one : vec<float>{}, log2<float>(sees ? inverse_sum : one)};
   }
   static float logit_factor(double scale) { return static_cast<float>(scale * kLog2e); }
+  static vec<float> logit(vec<float> x, float factor, vec<float> start) {
+    return x * factor + start;
+  }
+  static vec<float> logit_from(vec<float> origin, vec<float> x, float factor) {
+    return x * factor - origin;
+  }
+  static vec<float> power(vec<float> logit) {
+    return exp2<float, Exp2Constants<float>::short_q>(logit);
+  }
+  // sum + x + next, both rounded.
+  static vec<float> add_rounded(vec<float> sum, vec<float> x, vec<float> next) {
+    return RoundedLanes<Side::right>::add(sum, x, next);
+  }
 };
 #endif
 

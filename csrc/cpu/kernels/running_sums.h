@@ -4,6 +4,7 @@
 
 #include "divergence.h"
 #include "log2.h"
+#include "logits.h"
 #include "tile.h"
 
 namespace attn_kd::ATTN_KD_ISA {
@@ -32,8 +33,9 @@ struct RunningSums {
   // As for the student; the origin is 0 where the logits are measured from a given LSE.
   T* teacher_origin = nullptr;
   T *teacher_sum = nullptr, *teacher_sum_rest = nullptr;
-  T* seen = nullptr;    // 1 where the row has seen a key, which only a mask can hide
-  T* output = nullptr;  // [Dv, kPanel], sum of p times the value
+  T* rounded_sum = nullptr;  // of p as the product with the values reads it, where that is rounded
+  T* seen = nullptr;         // 1 where the row has seen a key, which only a mask can hide
+  T* output = nullptr;       // [Dv, kPanel], sum of p times the value
 
   // Elements of the memory it is laid out in.
   static int64_t elements(int64_t value_dim) { return (cpu::kRunningSums + value_dim) * kPanel<T>; }
@@ -55,9 +57,10 @@ struct RunningSums {
         teacher_origin(weighted_rest + kPanel<T>),
         teacher_sum(teacher_origin + kPanel<T>),
         teacher_sum_rest(teacher_sum + kPanel<T>),
-        seen(teacher_sum_rest + kPanel<T>),
+        rounded_sum(teacher_sum_rest + kPanel<T>),
+        seen(rounded_sum + kPanel<T>),
         output(seen + kPanel<T>) {
-    static_assert(cpu::kRunningSums == 9);
+    static_assert(cpu::kRunningSums == 10);
   }
 
   void reset(bool teacher_lse_given, int64_t vectors, int64_t value_dim) {
@@ -65,7 +68,8 @@ struct RunningSums {
     for (int64_t lane = 0; lane < vectors * kLanes<T>; lane += kLanes<T>) {
       store<T>(origin + lane, masked);
       store<T>(teacher_origin + lane, teacher_lse_given ? vec<T>{} : masked);
-      for (T* of : {sum, sum_rest, weighted, weighted_rest, teacher_sum, teacher_sum_rest, seen})
+      for (T* of : {sum, sum_rest, weighted, weighted_rest, teacher_sum, teacher_sum_rest,
+                    rounded_sum, seen})
         store<T>(of + lane, vec<T>{});
       for (int64_t row = 0; row < value_dim; ++row)
         store<T>(output + row * kPanel<T> + lane, vec<T>{});
@@ -74,31 +78,33 @@ struct RunningSums {
 };
 
 // The highest logit of one vector of lanes in the tile's column, `lowest` at least.
-template <class T>
-inline vec<T> highest_logit(const T* tile, int64_t keys, vec<T> lowest) {
+template <class Precision, class T>
+inline vec<T> highest_logit(LogitSource<T> logits, int64_t keys, vec<T> lowest) {
+  const vec<T> start{};
+  const auto logit = [&](const T* x) { return Precision::logit(load(x), logits.factor, start); };
+  const T* tile = logits.numbers;
   constexpr int kChains = 4;  // a single chain of maxima would be limited by its latency
   vec<T> chain[kChains] = {lowest, lowest, lowest, lowest};
   int64_t key = 0;
   for (; key + kChains <= keys; key += kChains, tile += kChains * kPanel<T>)
 #pragma GCC unroll 4
     for (int i = 0; i < kChains; ++i)
-      chain[i] = max_or_second<T>(load(tile + i * kPanel<T>), chain[i]);
-  for (; key < keys; ++key, tile += kPanel<T>) chain[0] = max_or_second<T>(load(tile), chain[0]);
+      chain[i] = max_or_second<T>(logit(tile + i * kPanel<T>), chain[i]);
+  for (; key < keys; ++key, tile += kPanel<T>) chain[0] = max_or_second<T>(logit(tile), chain[0]);
   return max_or_second<T>(max_or_second<T>(chain[0], chain[1]),
                           max_or_second<T>(chain[2], chain[3]));
 }
 
 // What the tile's logits are measured from, of one vector of lanes, `rows` of which hold a row
 // whose sum before the tile was `sum`, of logits measured from `before`.
-template <bool kHighestIsOne, class T>
-inline vec<T> raised_origin(const T* tile, int64_t keys, bool search, int64_t rows, vec<T> before,
-                            vec<T> sum) {
-  if constexpr (kHighestIsOne) return highest_logit<T>(tile, keys, before);
+template <class Precision, class T>
+inline vec<T> raised_origin(LogitSource<T> logits, int64_t keys, bool search, int64_t rows,
+                            vec<T> before, vec<T> sum) {
   vec<T> raised = before;
   if (any_above<T>(sum, kRoom<T>, rows)) raised = sum > kRoom<T> ? before + log2<T>(sum) : before;
   const bool some_see_none = any_above<T>(-before, -kMasked<T> / 2, rows);
   if (!search && !some_see_none) return raised;
-  const vec<T> highest = highest_logit<T>(tile, keys, before);
+  const vec<T> highest = highest_logit<Precision>(logits, keys, before);
   return before == kMasked<T> || highest > raised + T(kRoomBits) ? highest : raised;
 }
 
@@ -121,11 +127,11 @@ inline void add_tile(T* running, T* rest, vec<T> shrink, vec<T> tile_sum) {
 }
 
 // Turns the tile's logits into p = 2^(s - origin), which go to `probabilities`, and adds them to
-// the running sums of one vector of lanes. `logits` and `teacher` point at the lanes' column of the
-// tiles. Returns false, with nothing added, where some logits lie so far above their origin that
-// the tile must be searched for the highest.
-template <class Div, bool kTeacherLse, bool kHighestIsOne, class Lanes, class T>
-inline bool sweep(const T* logits, const T* teacher, int64_t keys, bool search,
+// the running sums of one vector of lanes, which the logits are given for. Returns false, with
+// nothing added, where some logits lie so far above their origin that the tile must be searched for
+// the highest.
+template <class Div, bool kTeacherLse, class Precision, class Lanes, class T>
+inline bool sweep(LogitSource<T> student, LogitSource<T> teacher, int64_t keys, bool search,
                   const RunningSums<T>& sums, int64_t lane, int64_t value_dim,
                   Lanes probabilities) {
   constexpr bool kTeacherOrigin = Div::kTeacher && !kTeacherLse;
@@ -133,29 +139,33 @@ inline bool sweep(const T* logits, const T* teacher, int64_t keys, bool search,
   const int64_t rows = sums.rows - lane;
   const vec<T> before = load(sums.origin + lane);
   const vec<T> raised =
-      raised_origin<kHighestIsOne>(logits, keys, search, rows, before, load(sums.sum + lane));
+      raised_origin<Precision>(student, keys, search, rows, before, load(sums.sum + lane));
   const vec<T> origin = subtracted<T>(raised);
   const vec<T> teacher_before = load(sums.teacher_origin + lane);
   vec<T> teacher_raised = teacher_before, teacher_origin{};
   if constexpr (kTeacherOrigin) {
-    teacher_raised = raised_origin<false>(teacher, keys, search, rows, teacher_before,
-                                          load(sums.teacher_sum + lane));
+    teacher_raised = raised_origin<Precision>(teacher, keys, search, rows, teacher_before,
+                                              load(sums.teacher_sum + lane));
     teacher_origin = subtracted<T>(teacher_raised);
   }
 
-  vec<T> sum{}, weighted{}, teacher_sum{};  // of this tile
+  vec<T> sum{}, weighted{}, teacher_sum{}, rounded_sum{};  // of this tile
   for (int64_t first = 0; first < keys; first += kSummedKeys) {
     const int64_t end = first + kSummedKeys < keys ? first + kSummedKeys : keys;
     vec<T> part{}, weighted_part{}, teacher_part{};
     const auto next = [&](int64_t key) __attribute__((always_inline)) {
-      const vec<T> s = load(logits + key * kPanel<T>) - origin;
-      const vec<T> p = exp2<T>(s);
+      const int64_t at = key * kPanel<T>;
+      const vec<T> s = Precision::logit_from(origin, load(student.numbers + at), student.factor);
+      const vec<T> p = Precision::power(s);
       part += p;
       if constexpr (Div::kTeacher) {
-        vec<T> t = load(teacher + key * kPanel<T>), pt{};
-        if constexpr (kTeacherOrigin) t -= teacher_origin;
+        vec<T> t = load(teacher.numbers + at), pt{};
+        if constexpr (kTeacherOrigin)
+          t = Precision::logit_from(teacher_origin, t, teacher.factor);
+        else
+          t = Precision::logit(t, teacher.factor, load(teacher.start));
         if constexpr (kTeacherSum) {
-          pt = exp2<T>(t);
+          pt = Precision::power(t);
           teacher_part += pt;
         }
         weighted_part += Div::term(p, pt, s - t);
@@ -164,15 +174,22 @@ inline bool sweep(const T* logits, const T* teacher, int64_t keys, bool search,
     };
     int64_t key = first;
     for (; key + 1 < end; key += 2) {
-      const vec<T> p = next(key);
-      probabilities.put(key, p, next(key + 1));
+      const vec<T> p = next(key), after = next(key + 1);
+      probabilities.put(key, p, after);
+      if constexpr (Precision::kRoundsTiles)
+        rounded_sum = Precision::add_rounded(rounded_sum, p, after);
     }
-    if (key < end) probabilities.put(key, next(key));
+    if (key < end) {
+      const vec<T> p = next(key);
+      probabilities.put(key, p);
+      if constexpr (Precision::kRoundsTiles)
+        rounded_sum = Precision::add_rounded(rounded_sum, p, vec<T>{});
+    }
     sum += part;
     weighted += weighted_part;
     teacher_sum += teacher_part;
   }
-  if (!search && ((!kHighestIsOne && any_above<T>(sum, kRoom<T>, rows)) ||
+  if (!search && (any_above<T>(sum, kRoom<T>, rows) ||
                   (kTeacherOrigin && any_above<T>(teacher_sum, kRoom<T>, rows))))
     return false;
 
@@ -194,6 +211,8 @@ inline bool sweep(const T* logits, const T* teacher, int64_t keys, bool search,
              Div::kTeacherProbability ? teacher_shrink : shrink, weighted);
   }
   add_tile(sums.sum + lane, sums.sum_rest + lane, shrink, sum);
+  if constexpr (Precision::kRoundsTiles)
+    store<T>(sums.rounded_sum + lane, load(sums.rounded_sum + lane) * shrink + rounded_sum);
   if constexpr (kTeacherSum)
     add_tile(sums.teacher_sum + lane, sums.teacher_sum_rest + lane, teacher_shrink, teacher_sum);
   return true;
@@ -237,6 +256,7 @@ inline void merge(const RunningSums<T>& sums, const RunningSums<T>& other, int64
   const auto add = [lane](T* to, const T* from, vec<T> shrink, vec<T> from_shrink) {
     store<T>(to + lane, load(to + lane) * shrink + load(from + lane) * from_shrink);
   };
+  add(sums.rounded_sum, other.rounded_sum, mine.shrink, others.shrink);
   for (int64_t row = 0; row < value_dim * kPanel<T>; row += kPanel<T>)
     add(sums.output + row, other.output + row, mine.shrink, others.shrink);
   store<T>(sums.origin + lane, origin);
