@@ -256,9 +256,9 @@ void run_backward(BackwardProblem& p, Tensor& grad_query, at::ScalarType accumul
         groups * p.key_splits);
   else
     run(in_double ? kernels.backward_f64 : kernels.backward_f32, p, groups * p.key_splits);
-  if (!in_place)
-    grad_query.copy_(
-        partial.view({p.key_splits, p.batch, p.heads, p.query_length, p.head_dim}).sum(0));
+  if (in_place) return;
+  const Tensor parts = partial.view({p.key_splits, p.batch, p.heads, p.query_length, p.head_dim});
+  grad_query.copy_(p.key_splits == 1 ? parts[0] : parts.sum(0));
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_kl_backward(

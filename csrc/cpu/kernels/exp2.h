@@ -15,7 +15,8 @@ struct Exp2Constants;
 
 template <>
 struct Exp2Constants<float> {
-  using Bits = int32_t;
+  using Bits = uint32_t;
+  using SignedBits = int32_t;
   static constexpr int kMantissaBits = 23;
   static constexpr float kLowest = -126, kHighest = 127;
   static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
@@ -27,7 +28,8 @@ struct Exp2Constants<float> {
 
 template <>
 struct Exp2Constants<double> {
-  using Bits = int64_t;
+  using Bits = uint64_t;
+  using SignedBits = int64_t;
   static constexpr int kMantissaBits = 52;
   static constexpr double kLowest = -1022, kHighest = 1023;
   static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52

@@ -29,8 +29,10 @@ template <class T>
 inline vec<T> log2(vec<T> x) {
   using C = Exp2Constants<T>;
   typedef typename C::Bits bits __attribute__((vector_size(kVectorBytes)));
+  typedef typename C::SignedBits signed_bits __attribute__((vector_size(kVectorBytes)));
   constexpr T kSqrtHalf = T(0.70710678118654752440);
-  const bits exponent = ((bits)x - (bits)broadcast(kSqrtHalf)) >> C::kMantissaBits;
+  const bits above = (bits)x - (bits)broadcast(kSqrtHalf);
+  const bits exponent = (bits)((signed_bits)above >> C::kMantissaBits);
   const vec<T> mantissa = (vec<T>)((bits)x - (exponent << C::kMantissaBits));
   // The integer becomes a float in the mantissa of 1.5 * 2^kMantissaBits.
   const vec<T> whole = (vec<T>)(exponent + (bits)broadcast(C::kRound)) - C::kRound;
