@@ -200,6 +200,6 @@ def finish(train: Callable[[], TrainingRun]) -> int:
     losses = "" if last is None else f", loss {last['loss']:.4g}"
     if last is not None and "attention_kl" in last:
         losses += f", attention KL {last['attention_kl']:.4g}"
-    steps = "" if last is None else f"{last['step']} steps in "
+    steps = "" if last is None else f"{last['step']} step{'s' * (last['step'] != 1)} in "
     print(f"{steps}{run.seconds:.0f} s{losses}; wrote {run.folder}")
     return 0
