@@ -13,12 +13,16 @@
 namespace attn_kd::ATTN_KD_ISA {
 
 // Vectors along N of one micro-kernel call. The accumulators of a call must fit the register file
-// beside the row of B and one broadcast scalar: 32 registers on AVX-512 and arm64, else 16. Twelve
-// of the 32 are enough to hide the latency of a multiplication; the stores of more, one after
+// beside the row of B and one broadcast scalar: 32 registers on AVX-512 and arm64, else 16. With
+// AVX-512 twelve are enough to hide the latency of a multiplication; the stores of more, one after
 // another, hold up the multiplications of the next call (on Zen 4, 3 % of a product of depth 32).
-#if defined(__AVX512F__) || defined(__aarch64__)
+// Cores of arm64 that multiply four vectors at a time need more of them.
+#if defined(__AVX512F__)
 inline constexpr int kMaxVectors = 4;
-constexpr int rows_per_call(int vectors) { return vectors == 4 ? 3 : vectors == 3 ? 4 : 6; }
+constexpr int rows_per_call(int vectors) { return 12 / vectors; }
+#elif defined(__aarch64__)
+inline constexpr int kMaxVectors = 4;
+constexpr int rows_per_call(int vectors) { return vectors == 4 ? 6 : vectors == 3 ? 8 : 12; }
 #else
 inline constexpr int kMaxVectors = 2;
 constexpr int rows_per_call(int vectors) { return vectors == 2 ? 6 : 8; }
