@@ -30,7 +30,7 @@ PYBIND11_MODULE(_C, m) {
       "accuracy.");
   m.def(
       "short_exp2", [](const at::Tensor& x) { return attn_kd::cpu::short_exp2(x); }, py::arg("x"),
-      "The same as passes over bfloat16 compute it in float32, likewise.");
+      "The same of a float32 tensor, as passes over bfloat16 compute it, likewise.");
   m.def(
       "log2", [](const at::Tensor& x) { return attn_kd::cpu::log2(x); }, py::arg("x"),
       "The kernels' log2(x) of a contiguous float32 or float64 CPU tensor of normal numbers, "

@@ -45,3 +45,8 @@ def test_features_name_the_compiler(module):
 def test_exp2_of_another_dtype_is_refused(module, x):
     with pytest.raises(TypeError, match="float32 or float64"):
         module.exp2(x)
+
+
+def test_short_exp2_of_doubles_is_refused(module):
+    with pytest.raises(TypeError, match="float32"):
+        module.short_exp2(torch.ones(3, dtype=torch.float64))
