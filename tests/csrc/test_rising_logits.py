@@ -6,10 +6,13 @@ whose logits rise by more than 8, base 2, is swept twice (csrc/cpu/kernels/runni
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
+from attn_kd import attention
 from tests.csrc.test_kernels import every_arithmetic, every_reduction
 from tests.ops.cases import (
     DIVERGENCES,
@@ -28,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("instruction_set", "poisoned_scratch")
 LK = 500
 SIZES = Sizes(B=1, H=2, Lq=70, Lk=LK, D=16, Dv=12, Dt=16)
 SPLIT = SIZES._replace(Lq=3, Lk=1100)
-LAST = -1  # the key that is the last one
+LAST = -1
 
 every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES)
 given_or_computed = pytest.mark.parametrize(
@@ -62,9 +65,9 @@ every_rise = pytest.mark.parametrize("rise", RISES.values(), ids=RISES.keys())
 
 
 def rising(inputs: Inputs, rise: Tensor, rows: Tensor | None = None) -> Inputs:
-    """The inputs with the student's logits raised on those rows, by a component of query and key.
+    """The inputs with the student's logits raised by `rise` [Lk], on all rows or where `rows` is 1.
 
-    Head_dim is 16 and the default scale 1/4: so is the factor between the component and the logits.
+    By a component of query and key: the scale is 1/4, as head_dim is 16, and its logit 4 rise / 4.
     """
     query, key = inputs.query.clone(), inputs.key.clone()
     query[..., 0] = 4.0 if rows is None else 4.0 * rows
@@ -72,18 +75,27 @@ def rising(inputs: Inputs, rise: Tensor, rows: Tensor | None = None) -> Inputs:
     return inputs._replace(query=query, key=key)
 
 
-def check(inputs: Inputs, sizes: Sizes, *, given: bool = False, **options) -> None:
+def rising_teacher(inputs: Inputs, rise: Tensor) -> Inputs:
+    """The same of the teacher's logits."""
+    student = Inputs(inputs.teacher_query, inputs.teacher_key, *inputs[2:])
+    raised = rising(student, rise)
+    return inputs._replace(teacher_query=raised.query, teacher_key=raised.key)
+
+
+def check(
+    inputs: Inputs, sizes: Sizes, *, given: bool = False, teacher_lse: float = 0.0, **options
+) -> None:
+    """Check against float64 and eager; `teacher_lse` is how large the teacher's is, about."""
     dtype = inputs.query.dtype
     head_reduction = options.get("head_reduction", "none")
     cotangents = random_cotangents(sizes, dtype, head_reduction)
     if given:
-        teacher_lse = run_backend(
+        options["teacher_lse"] = run_backend(
             "cpu",
             Inputs(inputs.teacher_query, inputs.teacher_key, inputs.value, *inputs[3:]),
             cotangents,
             **options,
         )["lse"]
-        options["teacher_lse"] = teacher_lse
     actual = run_backend("cpu", inputs, cotangents, **options)
     if dtype == torch.float64:
         truth = truth_of(inputs, cotangents, **options)
@@ -91,7 +103,7 @@ def check(inputs: Inputs, sizes: Sizes, *, given: bool = False, **options) -> No
             torch.testing.assert_close(result, truth[name], rtol=1e-11, atol=1e-11)
     else:
         # The largest logit's own rounding.
-        roundings = 4 + actual["lse"].abs().max().item() / 4
+        roundings = 4 + max(actual["lse"].abs().max().item(), teacher_lse) / 4
         assert_as_accurate_as_eager(actual, inputs, cotangents, roundings=roundings, **options)
 
 
@@ -103,11 +115,37 @@ def test_of_the_student(rise, divergence, dtype):
 
 
 @every_arithmetic
+@every_divergence
+@every_rise
+def test_of_the_teacher(rise, divergence, dtype):
+    inputs = rising_teacher(random_inputs(SIZES, dtype), rise)
+    check(inputs, SIZES, divergence=divergence, teacher_lse=rise.max().item())
+
+
+@every_arithmetic
 @given_or_computed
 @every_rise
 def test_of_both(rise, given, dtype):
     """By a mask, which both maps share."""
     check(random_inputs(SIZES, dtype), SIZES, given=given, attn_mask=rise.expand(1, 1, 1, LK))
+
+
+@every_arithmetic
+@pytest.mark.parametrize("scale", [-0.5, -8.0, -30.0])
+def test_of_negative_scales(scale, dtype):
+    """The highest logit is of the lowest product."""
+    check(random_inputs(SIZES, dtype), SIZES, scale=scale)
+
+
+@every_arithmetic
+@pytest.mark.parametrize("height", [3.09375, 3.5, 4.9375])
+def test_of_one_key_beside_another(height, dtype):
+    """Of two probabilities: what rounding takes from the larger must not reach the output."""
+    inputs = random_inputs(SIZES, dtype)
+    rise = torch.full((LK,), -60.0)
+    rise[10], rise[250] = 0.0, height
+    inputs = rising(inputs._replace(query=torch.zeros_like(inputs.query)), rise)
+    check(inputs, SIZES)
 
 
 @every_reduction
@@ -160,3 +198,25 @@ def test_a_row_does_not_depend_on_its_neighbours(rise, given, dtype):
     every = run_backend("cpu", rising(inputs, rise), cotangents, **options)
     for name, result in of_rows(every, steep).items():
         assert torch.equal(of_steep[name], result), name
+
+
+@pytest.mark.parametrize("origin", torch.linspace(-8.49, -8.01, 25).tolist())
+def test_a_key_at_the_limit(origin):
+    """One that lies by all of the room above the first: that its tile is searched, because a
+    neighbour's logits rise there, moves nothing."""
+    first = torch.tensor(origin)
+    limit = torch.nextafter(first + 8.0, torch.tensor(1.0))
+    assert limit - first == 8.0  # rounded
+    query = torch.eye(2)[None, None]
+    key = torch.full((1, 1, 192, 2), -200.0)
+    key[..., 1] = 0.0
+    key[0, 0, 5, 0], key[0, 0, 100, 0] = first, limit
+    value = torch.randn(1, 1, 192, 8, generator=torch.Generator().manual_seed(0))
+    beside = key.clone()
+    beside[0, 0, 150, 1] = 60.0
+    # Logits, base 2, are the keys themselves.
+    alone, searched = (
+        attention(query, each, value, scale=math.log(2.0), backend="cpu") for each in (key, beside)
+    )
+    assert torch.equal(alone.output[:, :, 0], searched.output[:, :, 0])
+    assert torch.equal(alone.lse[:, :, 0], searched.lse[:, :, 0])

@@ -112,7 +112,7 @@ class BackwardWorker {
     const LogitSource<T> student =
         logit_products<Precision>(keys, 1, vectors, p_.head_dim, key_.rows(key), query_, p_.scale,
                                   minus_origin_, zeros_, bias_, logits_, at.rows);
-    LogitSource<T> teacher{teacher_logits_};
+    LogitSource<T> teacher{teacher_logits_, 1, zeros_};
     if constexpr (Div::kTeacher)
       teacher = logit_products<Precision>(
           keys, group, vectors, p_.teacher_dim, teacher_key_.rows(group * key), teacher_query_,

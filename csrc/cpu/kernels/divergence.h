@@ -15,8 +15,9 @@
 // (OnePass): its struct says besides how a key contributes while the keys stream past, how the
 // row's value follows from the sums, and what the gradient with respect to a logit is. There
 // everything is in base 2. u = s - t is the difference of the logits, each measured from an origin
-// of its row, the student's highest logit and the teacher's LSE (or highest logit, while that is
-// not known): so u is small wherever the maps are alike, and keeps its digits. p and pt are a and b
+// of its row: near the student's highest logit, and the teacher's LSE (or near its highest logit,
+// while that is not known; see running_sums.h). So u is small, some bits at most, wherever the maps
+// are alike, and keeps its digits. p and pt are a and b
 // before normalisation. Derivations: D = ln2 * finish(...) is the definition with
 // log a = ln2 (s - log_sum) and log b = ln2 (t - teacher_log_sum) put in and the sums pulled apart.
 // In the gradient the LSEs cancel; what is left is p (grad_probability + ...) with the row's

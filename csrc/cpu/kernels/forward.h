@@ -93,6 +93,7 @@ class ForwardWorker {
     for (int64_t i = 0; i < count_; ++i) {
       panels_[i].sums = gathered(panels_[i], head, split);
       panels_[i].sums.reset(kTeacherLse, panels_[i].vectors(), p_.value_dim);
+      panels_[i].tiles_to_search = 0;
     }
     gather(b, h, p_.key_length * split / p_.key_splits,
            p_.key_length * (split + 1) / p_.key_splits);
@@ -165,7 +166,6 @@ class ForwardWorker {
     const int64_t rows = min(p_.query_length - first_row, P);
     panel.first_row = first_row;
     panel.rows = rows;
-    panel.tiles_to_search = 0;
     Precision::read_panel(p_.query, b, h, first_row, rows, p_.head_dim, p_.scale, query_rows_,
                           panel.query);
     if constexpr (Div::kTeacher)
@@ -186,7 +186,7 @@ class ForwardWorker {
     teacher_key_.clear_hidden(bias_, 0, keys, p_.teacher_keys(1));
     value_.clear_hidden(bias_, 0, keys);
     const LogitSource<T> student = student_logits(panel, keys, 0, vectors);
-    LogitSource<T> teacher{teacher_logits_};
+    LogitSource<T> teacher{teacher_logits_, 1, zeros_};
     if constexpr (Div::kTeacher)
       teacher = logit_products<Precision>(keys, p_.teacher_keys(1), vectors, p_.teacher_dim,
                                           teacher_key_.rows(0), panel.teacher_query,

@@ -15,9 +15,10 @@ inline constexpr int64_t kSummedKeys = 12;
 
 // A row's logits are measured from an origin, so that exponentials neither overflow nor vanish:
 // from the highest of the first keys it sees, and from its log-sum-exp so far once its sum exceeds
-// kRoom. Tiles need not be searched for their highest logit, unless that exceeds the origin by
-// kRoomBits, which their sums tell: then they are swept once more. So a row's origin depends on the
-// row alone.
+// kRoom. Tiles need not be searched for their highest logit, unless that exceeds the origin by much
+// more than kRoomBits, which their sums tell: then they are swept once more. So that a row's origin
+// depends on the row alone, a search moves none that the tile's sum would have left where it is:
+// there no logit exceeds it by more than kRoomBits, and the search allows one bit more.
 inline constexpr int kRoomBits = 8;
 template <class T>
 inline constexpr T kRoom = T(1 << kRoomBits);
@@ -102,10 +103,11 @@ inline vec<T> raised_origin(LogitSource<T> logits, int64_t keys, bool search, in
                             vec<T> before, vec<T> sum) {
   vec<T> raised = before;
   if (any_above<T>(sum, kRoom<T>, rows)) raised = sum > kRoom<T> ? before + log2<T>(sum) : before;
+  // Of origins, only kMasked lies so low.
   const bool some_see_none = any_above<T>(-before, -kMasked<T> / 2, rows);
   if (!search && !some_see_none) return raised;
   const vec<T> highest = highest_logit<Precision>(logits, keys, before);
-  return before == kMasked<T> || highest > raised + T(kRoomBits) ? highest : raised;
+  return before == kMasked<T> || highest > raised + T(kRoomBits + 1) ? highest : raised;
 }
 
 // What to subtract from logits: where nothing was visible yet, 0, which leaves masked logits low
@@ -126,30 +128,21 @@ inline void add_tile(T* running, T* rest, vec<T> shrink, vec<T> tile_sum) {
   store<T>(rest, load(rest) * shrink + ((before - (total - added)) + (tile_sum - added)));
 }
 
-// Turns the tile's logits into p = 2^(s - origin), which go to `probabilities`, and adds them to
-// the running sums of one vector of lanes, which the logits are given for. Returns false, with
-// nothing added, where some logits lie so far above their origin that the tile must be searched for
-// the highest.
-template <class Div, bool kTeacherLse, class Precision, class Lanes, class T>
-inline bool sweep(LogitSource<T> student, LogitSource<T> teacher, int64_t keys, bool search,
-                  const RunningSums<T>& sums, int64_t lane, int64_t value_dim,
-                  Lanes probabilities) {
-  constexpr bool kTeacherOrigin = Div::kTeacher && !kTeacherLse;
-  constexpr bool kTeacherSum = Div::kTeacherProbability || kTeacherOrigin;
-  const int64_t rows = sums.rows - lane;
-  const vec<T> before = load(sums.origin + lane);
-  const vec<T> raised =
-      raised_origin<Precision>(student, keys, search, rows, before, load(sums.sum + lane));
-  const vec<T> origin = subtracted<T>(raised);
-  const vec<T> teacher_before = load(sums.teacher_origin + lane);
-  vec<T> teacher_raised = teacher_before, teacher_origin{};
-  if constexpr (kTeacherOrigin) {
-    teacher_raised = raised_origin<Precision>(teacher, keys, search, rows, teacher_before,
-                                              load(sums.teacher_sum + lane));
-    teacher_origin = subtracted<T>(teacher_raised);
-  }
+// Whether the teacher's probabilities are summed up.
+template <class Div, bool kTeacherLse>
+inline constexpr bool kSumsTeacher = Div::kTeacherProbability || (Div::kTeacher && !kTeacherLse);
 
-  vec<T> sum{}, weighted{}, teacher_sum{}, rounded_sum{};  // of this tile
+// What one vector of lanes of a tile adds to the running sums.
+template <class T>
+struct TileSums {
+  vec<T> sum{}, weighted{}, teacher_sum{}, rounded_sum{};
+};
+
+// Turns the tile's logits into p = 2^(s - origin), which go to `probabilities`, and sums them up.
+template <class Div, bool kTeacherLse, class Precision, class Lanes, class T>
+inline TileSums<T> sum_tile(LogitSource<T> student, LogitSource<T> teacher, int64_t keys,
+                            vec<T> origin, vec<T> teacher_origin, Lanes probabilities) {
+  TileSums<T> sums;
   for (int64_t first = 0; first < keys; first += kSummedKeys) {
     const int64_t end = first + kSummedKeys < keys ? first + kSummedKeys : keys;
     vec<T> part{}, weighted_part{}, teacher_part{};
@@ -160,11 +153,11 @@ inline bool sweep(LogitSource<T> student, LogitSource<T> teacher, int64_t keys, 
       part += p;
       if constexpr (Div::kTeacher) {
         vec<T> t = load(teacher.numbers + at), pt{};
-        if constexpr (kTeacherOrigin)
-          t = Precision::logit_from(teacher_origin, t, teacher.factor);
-        else
+        if constexpr (kTeacherLse)
           t = Precision::logit(t, teacher.factor, load(teacher.start));
-        if constexpr (kTeacherSum) {
+        else
+          t = Precision::logit_from(teacher_origin, t, teacher.factor);
+        if constexpr (kSumsTeacher<Div, kTeacherLse>) {
           pt = Precision::power(t);
           teacher_part += pt;
         }
@@ -177,44 +170,83 @@ inline bool sweep(LogitSource<T> student, LogitSource<T> teacher, int64_t keys, 
       const vec<T> p = next(key), after = next(key + 1);
       probabilities.put(key, p, after);
       if constexpr (Precision::kRoundsTiles)
-        rounded_sum = Precision::add_rounded(rounded_sum, p, after);
+        sums.rounded_sum = Precision::add_rounded(sums.rounded_sum, p, after);
     }
     if (key < end) {
       const vec<T> p = next(key);
       probabilities.put(key, p);
       if constexpr (Precision::kRoundsTiles)
-        rounded_sum = Precision::add_rounded(rounded_sum, p, vec<T>{});
+        sums.rounded_sum = Precision::add_rounded(sums.rounded_sum, p, vec<T>{});
     }
-    sum += part;
-    weighted += weighted_part;
-    teacher_sum += teacher_part;
+    sums.sum += part;
+    sums.weighted += weighted_part;
+    sums.teacher_sum += teacher_part;
   }
-  if (!search && (any_above<T>(sum, kRoom<T>, rows) ||
-                  (kTeacherOrigin && any_above<T>(teacher_sum, kRoom<T>, rows))))
-    return false;
+  return sums;
+}
 
-  const vec<T> shrink = exp2<T>(before - raised);
-  if (!all_equal<T>(before, raised))
+// Origins of one vector of lanes, before a tile and from it on.
+template <class T>
+struct Move {
+  vec<T> before, after;
+
+  vec<T> shift() const { return before - after; }
+};
+
+// Adds a tile, which was measured from the origins after the move, to one vector of lanes.
+template <class Div, bool kTeacherLse, class Precision, class T>
+inline void add_tile_sums(const RunningSums<T>& sums, int64_t lane, int64_t value_dim,
+                          Move<T> origin, Move<T> teacher_origin, const TileSums<T>& tile) {
+  const vec<T> shrink = exp2<T>(origin.shift());
+  const vec<T> teacher_shrink = exp2<T>(teacher_origin.shift());
+  if (!all_equal<T>(origin.before, origin.after))
     for (int64_t row = 0; row < value_dim; ++row) {
       T* output = sums.output + row * kPanel<T> + lane;
       store<T>(output, load(output) * shrink);
     }
-  store<T>(sums.origin + lane, raised);
-  const vec<T> teacher_shrink = exp2<T>(teacher_before - teacher_raised);
-  store<T>(sums.teacher_origin + lane, teacher_raised);
+  store<T>(sums.origin + lane, origin.after);
+  store<T>(sums.teacher_origin + lane, teacher_origin.after);
   if constexpr (Div::kTeacher) {
     // Earlier terms were measured from earlier origins.
-    const vec<T> shift = (before - raised) - (teacher_before - teacher_raised);
-    store<T>(sums.weighted + lane, Div::shifted(load(sums.weighted + lane), load(sums.sum + lane),
-                                                load(sums.teacher_sum + lane), shift));
-    add_tile(sums.weighted + lane, sums.weighted_rest + lane,
-             Div::kTeacherProbability ? teacher_shrink : shrink, weighted);
+    T* weighted = sums.weighted + lane;
+    store<T>(weighted,
+             Div::shifted(load(weighted), load(sums.sum + lane), load(sums.teacher_sum + lane),
+                          origin.shift() - teacher_origin.shift()));
+    add_tile(weighted, sums.weighted_rest + lane,
+             Div::kTeacherProbability ? teacher_shrink : shrink, tile.weighted);
   }
-  add_tile(sums.sum + lane, sums.sum_rest + lane, shrink, sum);
+  add_tile(sums.sum + lane, sums.sum_rest + lane, shrink, tile.sum);
   if constexpr (Precision::kRoundsTiles)
-    store<T>(sums.rounded_sum + lane, load(sums.rounded_sum + lane) * shrink + rounded_sum);
-  if constexpr (kTeacherSum)
-    add_tile(sums.teacher_sum + lane, sums.teacher_sum_rest + lane, teacher_shrink, teacher_sum);
+    store<T>(sums.rounded_sum + lane, load(sums.rounded_sum + lane) * shrink + tile.rounded_sum);
+  if constexpr (kSumsTeacher<Div, kTeacherLse>)
+    add_tile(sums.teacher_sum + lane, sums.teacher_sum_rest + lane, teacher_shrink,
+             tile.teacher_sum);
+}
+
+// Sweeps one vector of lanes of a tile, which the logits are given for: p goes to `probabilities`,
+// and the running sums grow. Returns false, with nothing added, where some logits lie so far above
+// their origin that the tile must be searched for the highest.
+template <class Div, bool kTeacherLse, class Precision, class Lanes, class T>
+inline bool sweep(LogitSource<T> student, LogitSource<T> teacher, int64_t keys, bool search,
+                  const RunningSums<T>& sums, int64_t lane, int64_t value_dim,
+                  Lanes probabilities) {
+  constexpr bool kTeacherMoves = Div::kTeacher && !kTeacherLse;
+  const int64_t rows = sums.rows - lane;
+  Move<T> origin{load(sums.origin + lane), {}};
+  origin.after =
+      raised_origin<Precision>(student, keys, search, rows, origin.before, load(sums.sum + lane));
+  Move<T> teacher_origin{load(sums.teacher_origin + lane), load(sums.teacher_origin + lane)};
+  if constexpr (kTeacherMoves)
+    teacher_origin.after = raised_origin<Precision>(
+        teacher, keys, search, rows, teacher_origin.before, load(sums.teacher_sum + lane));
+
+  const TileSums<T> tile =
+      sum_tile<Div, kTeacherLse, Precision>(student, teacher, keys, subtracted<T>(origin.after),
+                                            subtracted<T>(teacher_origin.after), probabilities);
+  if (!search && (any_above<T>(tile.sum, kRoom<T>, rows) ||
+                  (kTeacherMoves && any_above<T>(tile.teacher_sum, kRoom<T>, rows))))
+    return false;
+  add_tile_sums<Div, kTeacherLse, Precision>(sums, lane, value_dim, origin, teacher_origin, tile);
   return true;
 }
 
