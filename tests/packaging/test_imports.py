@@ -130,3 +130,10 @@ def test_only_the_command_line_prints():
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "print"
     ]
     assert not calls
+
+
+def test_integrations_are_found_by_their_names():
+    program = "import attn_kd\nprint(attn_kd.integrations.dab_detr.replace_attention)"
+    subprocess.run([sys.executable, "-c", program], check=True)
+    with pytest.raises(AttributeError, match="has no attribute 'dabdetr'"):
+        attn_kd.integrations.dabdetr  # noqa: B018
