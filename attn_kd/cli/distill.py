@@ -33,6 +33,7 @@ from attn_kd.cli._training import (
     Option,
     add_options,
     add_training_arguments,
+    begun_training,
     configuration,
     finish,
     run_options,
@@ -165,7 +166,7 @@ def _teacher(args: argparse.Namespace) -> tuple[Path | None, Path | None]:
             "--teacher is missing; expected the model folder of a trained detector, or its "
             "--teacher-cache"
         )
-    record = RunRecord.load(args.out / RECORD_FILE)
+    record = begun_training(args.out)
     if record.teacher is None:
         raise InputError(f"{args.out} was trained without a teacher; resume it with attn-kd train")
     if record.teacher_cache is not None:

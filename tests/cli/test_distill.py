@@ -120,6 +120,11 @@ def test_explicit_layers_and_heads_are_the_settings_that_a_run_resumes_with(
     assert "layers is 'last', it was {'model.encoder." in capsys.readouterr().err
 
 
+def test_a_student_is_not_resumed_without_its_teacher(plain, data, capsys):
+    assert main(["train", "--data", data, "--out", str(plain), "--resume", "-q"]) == 2
+    assert f"{plain} was trained with a teacher; resume it with" in capsys.readouterr().err
+
+
 def edit_settings(folder, edit):
     """Change the settings in the record of a run."""
     path = folder / "training.json"
