@@ -241,7 +241,7 @@ def build_command(
                 if modes[0] != "never" and "require" in modes:
                     raise
                 cause = "" if isinstance(error, BuildObstacleError) else "the build failed: "
-                reason = cause + " ".join(str(error).split())
+                reason = cause + in_one_line(error)
                 # An extension left by an earlier build would be taken for this one's.
                 for self.inplace in (False, inplace):
                     for ext in self.extensions:
@@ -267,7 +267,7 @@ def build_command(
             except Exception as error:  # as many types as above
                 if mode == "require":
                     raise
-                failure = "the build of the CUDA kernels failed: " + " ".join(str(error).split())
+                failure = f"the build of the CUDA kernels failed: {in_one_line(error)}"
             self.warn(f"attn_kd is built again without CUDA kernels: {failure}")
             self.compiler, self.inplace = compiler, inplace  # a run that fails leaves its own
             for ext in self.extensions:  # setuptools has put attributes of its own on them
@@ -290,6 +290,14 @@ def build_command(
             super().build_extension(ext)
 
     return BuildOptionalExtension
+
+
+def in_one_line(error: Exception) -> str:
+    """What an error says; of a command of a hundred files, how it begins and how it ended."""
+    text = " ".join(str(error).split())
+    if len(text) <= 500:
+        return text
+    return f"{text[:120]} … {text[-160:]} (pip install -v shows what it printed)"
 
 
 def record_build(
