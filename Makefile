@@ -3,7 +3,7 @@
 #
 #   make demo    the main job, small: teacher, baseline and distilled student; report in demo/
 #   make test    all tests
-#   make bench   the benchmarks (some 17 minutes), then tables and, in bench/figures/, figures
+#   make bench   the benchmarks (some 20 minutes), then tables and, in bench/figures/, figures
 #   make gpu     on a machine with an NVIDIA GPU: tests, sanitizers and benchmarks there
 #   make lint    formatting, lint and types
 #   make format  formats Python and C++
