@@ -27,7 +27,7 @@ from attn_kd.training.config import (
     with_present_names,
 )
 from attn_kd.training.recipes import RECIPES
-from attn_kd.training.records import RECORD_FILE, RunRecord
+from attn_kd.training.records import RunFolder, RunRecord
 
 if TYPE_CHECKING:
     from attn_kd.training import TrainingRun
@@ -153,7 +153,7 @@ def configuration(args: argparse.Namespace, **known: Any) -> TrainingConfig:
         InputError: a value is refused, or a file that is read, or an argument would change a
             training that is resumed.
     """
-    begun = begun_training(args.out).config if args.resume else None
+    begun = RunFolder(args.out).begun().config if args.resume else None
     base = known if begun is None else begun.to_dict()
     from_file = {} if args.config is None else _settings(args.config)
     fields = vars(TrainingConfig()).keys()
@@ -169,13 +169,6 @@ def configuration(args: argparse.Namespace, **known: Any) -> TrainingConfig:
                 change = f"it was begun without {argument}"
             raise InputError(f"cannot resume {args.out}: {change}")
     return config
-
-
-def begun_training(out: Path) -> RunRecord:
-    """The record of the training in a folder, which ``--resume`` goes on with."""
-    if not (out / RECORD_FILE).is_file():
-        raise InputError(f"cannot resume {out}: no training was begun there (no {RECORD_FILE})")
-    return RunRecord.load(out / RECORD_FILE)
 
 
 def _settings(path: Path) -> dict[str, Any]:

@@ -33,7 +33,6 @@ from attn_kd.cli._training import (
     Option,
     add_options,
     add_training_arguments,
-    begun_training,
     configuration,
     finish,
     run_options,
@@ -41,7 +40,7 @@ from attn_kd.cli._training import (
 from attn_kd.distill.alignment import ALIGNMENTS
 from attn_kd.errors import InputError
 from attn_kd.ops.checks import DIVERGENCES, HEAD_REDUCTIONS
-from attn_kd.training.records import RECORD_FILE, RunRecord
+from attn_kd.training.records import RECORD_FILE, RunFolder, RunRecord
 
 _DISTILLATION_OPTIONS = (
     Option(
@@ -166,7 +165,7 @@ def _teacher(args: argparse.Namespace) -> tuple[Path | None, Path | None]:
             "--teacher is missing; expected the model folder of a trained detector, or its "
             "--teacher-cache"
         )
-    record = begun_training(args.out)
+    record = RunFolder(args.out).begun()
     if record.teacher is None:
         raise InputError(f"{args.out} was trained without a teacher; resume it with attn-kd train")
     if record.teacher_cache is not None:

@@ -15,12 +15,12 @@ from attn_kd.cli._training import (
     Option,
     add_options,
     add_training_arguments,
-    begun_training,
     configuration,
     finish,
     run_options,
 )
 from attn_kd.errors import InputError
+from attn_kd.training.records import RunFolder
 
 _OPTIONS = (
     *MODEL_OPTIONS,
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.resume and begun_training(args.out).teacher is not None:
+    if args.resume and RunFolder(args.out).begun().teacher is not None:
         raise InputError(f"{args.out} was trained with a teacher; resume it with attn-kd distill")
     config = configuration(args)
     from attn_kd.training import train_detector

@@ -255,15 +255,25 @@ class RunFolder:
         with contextlib.suppress(OSError):  # it holds other files
             self.path.rmdir()
 
+    def begun(self) -> RunRecord:
+        """The record of the run that is here.
+
+        Raises:
+            InputError: the folder holds none.
+        """
+        if not (self.path / RECORD_FILE).is_file():
+            raise InputError(
+                f"cannot resume {self.path}: it has no {RECORD_FILE}; no training was begun there"
+            )
+        return RunRecord.load(self.path / RECORD_FILE)
+
     def resume(self, record: RunRecord) -> Path | None:
         """The checkpoint to go on from; ``None`` where the run had not come to its first.
 
         Raises:
             InputError: the folder holds no run, or another one.
         """
-        if not (self.path / RECORD_FILE).is_file():
-            raise InputError(f"cannot resume {self.path}: it has no {RECORD_FILE}")
-        record.require_continues(RunRecord.load(self.path / RECORD_FILE), self.path)
+        record.require_continues(self.begun(), self.path)
         return latest_checkpoint(self.checkpoints)
 
     def finish(self) -> None:

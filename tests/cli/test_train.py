@@ -100,7 +100,7 @@ def test_help_tells_what_the_recipes_say(capsys):
         (["--lr", "-1"], "expected a number above 0"),
         (["--cache-features"], "freeze_backbone is False"),
         (["--config", "missing.json"], "cannot read missing.json"),
-        (["--resume"], "no training was begun there (no training.json)"),
+        (["--resume"], "it has no training.json; no training was begun there"),
         (["--freeze-backbone", "--pretrain-steps", "0"], "nothing has trained the backbone"),
     ],
     ids=[
